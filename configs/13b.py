@@ -1,0 +1,19 @@
+"""LLaMA 13B (arXiv:2302.13971, table 2): 1.0T tokens in batches of 4M, learning rate 3e-4.
+
+135,168 A100 hours in the paper (table 15). AdamW 0.9/0.95, decay 0.1, clip 1.0, 2,000 warm-up steps,
+cosine to 10% (section 2.3).
+
+    python -m experiments.train --config=configs/13b.py --workdir=DIR
+"""
+
+from configs import base, mixtures, sizes
+
+
+def get_config():
+    return base.page(
+        sizes.LLAMA_13B,
+        mixtures.LLAMA1,
+        tokens=1.0e12,
+        train=dict(batch_size=2048, microbatches=16),
+        optim=dict(learning_rate=3e-4),
+    )

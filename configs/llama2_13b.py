@@ -1,0 +1,19 @@
+"""Llama 2 13B (arXiv:2307.09288, table 1 and section 2.2): 2.0T tokens in batches of 4M, context 4096.
+
+368,640 A100 hours in the paper (table 2). AdamW 0.9/0.95, eps 1e-5, decay 0.1, clip 1.0, 2,000 warm-up
+steps, cosine to 10%.
+
+    python -m experiments.train --config=configs/llama2_13b.py --workdir=DIR
+"""
+
+from configs import base, mixtures, sizes
+
+
+def get_config():
+    return base.page(
+        sizes.LLAMA2_13B,
+        mixtures.LLAMA2,
+        tokens=2.0e12,
+        train=dict(batch_size=1024, microbatches=16),
+        optim=dict(learning_rate=3e-4, eps=1e-5),
+    )

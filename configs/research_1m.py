@@ -1,0 +1,20 @@
+"""Research size 1M (configs/sizes.py): minutes on a laptop.
+
+The standard-library corpus has about 4M tokens: more than that repeats it. Learning rate by habit, not swept.
+
+    python -m experiments.train --config=configs/research_1m.py --workdir=DIR
+"""
+
+from configs import base, mixtures, sizes
+
+
+def get_config():
+    return base.page(
+        sizes.RESEARCH_1M,
+        mixtures.STDLIB,
+        tokens=8e6,
+        train=dict(batch_size=16),
+        optim=dict(learning_rate=2e-3, warmup_steps=100),
+        checkpoint=dict(every=500),
+        eval=dict(every=500, rows=256),
+    )

@@ -1,0 +1,18 @@
+"""Research size 350M (configs/sizes.py): ablations on 8 chips in a day.
+
+20 tokens a parameter (arXiv:2203.15556), batches of 0.5M tokens; the mixture is LLaMA's, from your rows.
+
+    python -m experiments.train --config=configs/research_350m.py --workdir=DIR
+"""
+
+from configs import base, mixtures, sizes
+
+
+def get_config():
+    return base.page(
+        sizes.RESEARCH_350M,
+        mixtures.LLAMA1,
+        tokens=7.4e9,
+        train=dict(batch_size=256),
+        optim=dict(learning_rate=6e-4, warmup_steps=500),
+    )

@@ -1,0 +1,32 @@
+"""What `make train` runs: a network of 1.3M parameters on Python's standard library, on a laptop's CPU.
+
+About 3 minutes on 2 cores; validation loss about half a nat below the bigram's.
+
+    python -m experiments.train --config=configs/tiny.py --workdir=DIR
+"""
+
+from configs import base, mixtures
+from llama_jax.config import Model
+
+MODEL = Model(
+    vocab_size=2048,
+    dim=128,
+    layers=4,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    ffn_dim=352,
+    norm_eps=1e-5,
+    compute_dtype="float32",
+)
+
+
+def get_config():
+    return base.page(
+        MODEL,
+        mixtures.STDLIB,
+        train=dict(steps=600, batch_size=16),
+        optim=dict(learning_rate=4e-3, warmup_steps=20),
+        checkpoint=dict(every=10),
+        eval=dict(every=100, rows=128),
+    )

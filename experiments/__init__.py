@@ -1,0 +1,1 @@
+"""What we did: the commands. `python -m experiments.train --config=configs/tiny.py --workdir=DIR`."""

@@ -1,0 +1,71 @@
+"""What every command shares: flags in, one clear line out when something is wrong."""
+
+import difflib
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from llama_jax import config
+
+# What a user can mend: a message, no traceback.
+USER_ERRORS = (ValueError, OSError)
+
+
+def define_config() -> flags.FlagHolder:
+    """--config=FILE, and --config.part.name=VALUE for every setting of it."""
+    flag = config_flags.DEFINE_config_file("config", None, "The page to run.", lock_config=True)
+    flags.mark_flag_as_required("config")
+    return flag
+
+
+def frozen(flag: flags.FlagHolder) -> config.Run:
+    return config.freeze(flag.value)
+
+
+def run(main: Callable[[], int], *errors: type[Exception]) -> None:
+    """Parse the flags, run `main`, exit with its code; 1 and one line for what a user can mend."""
+    try:
+        app.run(lambda _: _guarded(main, errors), flags_parser=_parse)
+    except KeyboardInterrupt:
+        _stop("interrupted", 130)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        _stop(str(error), 2)
+    except (*USER_ERRORS, TypeError, AttributeError, KeyError) as error:
+        _stop(_unknown_setting(argv) or _plain(error), 2)
+    if rest[1:]:
+        _stop(f"unexpected argument {rest[1]!r}; settings are given as --config.part.name=value", 2)
+    return rest
+
+
+def _guarded(main, errors) -> int:
+    logging.set_verbosity(logging.ERROR)  # absl's app sets INFO, at which Orbax writes pages
+    try:
+        return main()
+    except (*USER_ERRORS, *errors) as error:
+        _stop(_plain(error), 1)
+
+
+def _unknown_setting(argv: list[str]) -> str:
+    """A message on the first --config.part.name that the schema does not have; "" if there is none."""
+    known = [f"--config.{place}" for place in config.flatten(config.Run())]
+    for argument in argv[1:]:
+        name = argument.partition("=")[0]
+        if name.startswith("--config.") and ".sources." not in name and name not in known:
+            return f"unknown setting {name}; nearest: {difflib.get_close_matches(name, known, 1, 0)[0]}"
+    return ""
+
+
+def _plain(error: Exception) -> str:
+    return str(error).strip() or type(error).__name__
+
+
+def _stop(message: str, code: int):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,279 @@
+"""Train a network: `python -m experiments.train --config=configs/7b.py --workdir=DIR`.
+
+Started again with the same command, a run goes on from its last checkpoint. SIGINT and SIGTERM save and
+exit 0. What a run writes into its workdir: run.json (the config), checkpoints/, metrics.jsonl,
+tensorboard/, loss.png, runcard.json and .md, audit.jsonl when asked.
+"""
+
+import functools
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import cli
+from llama_jax import __version__, config, sharding, tree
+from llama_jax.analysis import baseline, flops, hardware, memory, runcard
+from llama_jax.data import iterator, mixture, prepare
+from llama_jax.decode import generate
+from llama_jax.model import transformer
+from llama_jax.train import checkpoint, loop, loss, metrics, optim, step
+from llama_jax.train import state as train_state
+
+CONFIG = cli.define_config()
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run keeps everything it writes.", required=True
+)
+
+BASELINE_TOKENS = 10_000_000  # the counting models see at most so many training tokens
+SAMPLE_PROMPT, SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 24, 64, 0.8
+
+
+def main() -> int:
+    run = cli.frozen(CONFIG)
+    workdir = Path(WORKDIR.value).expanduser().absolute()
+    claim(workdir, run)
+    jax.config.update("jax_compilation_cache_dir", str(Path(run.data.cache).expanduser() / "xla"))
+
+    layout = sharding.make(run.mesh, jax.devices())
+    layout.check_rows(run.train.batch_size // run.train.microbatches)
+    module = transformer.build(run.model, layout)
+    tx = optim.build(run.optim, run.train.steps, transformer.letters(module))
+    shapes, places = train_state.abstract(module, tx), train_state.shardings(module, tx, layout)
+    memory.check(
+        memory.need(run, shapes, places, layout.mesh.size), memory.available(jax.devices())
+    )
+    parameters = tree.count(shapes.params)
+    print(f"{parameters:,} parameters on {layout.mesh.size} x {jax.devices()[0].device_kind}")
+
+    prepared = prepare.prepare(run.data, run.model.vocab_size)
+    record = {"provenance": provenance(prepared), "run": config.to_dict(run)}
+    with loop.Interrupt() as interrupt:
+        return train(run, workdir, module, tx, prepared, record, interrupt)
+
+
+def train(run, workdir, module, tx, prepared, record, interrupt) -> int:
+    layout = module.layout
+    checkpoints = checkpoint.Checkpoints(workdir, run.checkpoint)
+    state, seconds = start(run, module, tx, checkpoints, prepared)
+    first = int(state.step)
+
+    rates = figures(run, module)
+    console = metrics.Console(first, run.train.steps)
+    writers = [metrics.jsonl(workdir / "metrics.jsonl", first)]
+    if run.log.tensorboard == "on":
+        writers.append(metrics.tensorboard(workdir / "tensorboard", first))
+    if run.log.wandb == "on":
+        writers.append(metrics.wandb(workdir, record["run"]))
+    audit = metrics.jsonl(workdir / "audit.jsonl", first) if run.log.audit == "on" else None
+    recorder = loop.Recorder(run, rates, writers, console, seconds)
+
+    objective = loss.next_token(module, run.train.loss_chunks, run.train.z_loss)
+    evaluate = functools.partial(
+        validation, jax.jit(objective), run, prepared, layout, interrupt=interrupt
+    )
+
+    def save(done: int, state: Any, seconds: float) -> None:
+        checkpoints.save(done, state, {**record, "next_step": done, "seconds": seconds})
+
+    try:
+        if first < run.train.steps:
+            batches = iterator.train(run, prepared, layout, first)
+            advance = compile_step(run, module, tx, objective, state)
+            recorder.pause()
+            state, done = loop.run(
+                run, state, advance, batches, evaluate=evaluate, save=save,
+                recorder=recorder, interrupt=interrupt, audit=audit,
+            )  # fmt: skip
+            checkpoints.wait()
+        else:
+            done = first
+    finally:
+        console.close()
+    if done < run.train.steps:
+        print(
+            f"{interrupt.signal}: saved step {done} of {run.train.steps} in {checkpoints.folder}; "
+            f"run the same command to go on:\n  {command()}"
+        )
+        return 0
+    finish(run, workdir, module, state, prepared, record, rates, recorder.seconds)
+    return 0
+
+
+def claim(workdir: Path, run: config.Run) -> None:
+    """Make the workdir this run's. ValueError if it is another's, or cannot be written."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
+    path = workdir / "run.json"
+    if path.exists():
+        differing = config.diff(config.from_dict(json.loads(path.read_text())), run, essential=True)
+        if differing:
+            raise ValueError(
+                f"--workdir={workdir} holds another run; it differs in\n  "
+                + "\n  ".join(differing)
+                + "\ngive a new --workdir, or the settings of the run that is there"
+            )
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(config.to_dict(run), indent=2) + "\n")
+    temporary.replace(path)
+
+
+def start(run, module, tx, checkpoints, prepared) -> tuple[Any, float]:
+    """The newest checkpoint, or a fresh state; and the seconds of training behind it."""
+    shapes = train_state.abstract(module, tx)
+    places = train_state.shardings(module, tx, module.layout)
+    target = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        places,
+    )
+    restored = checkpoints.latest(target)
+    if restored is None:
+        return train_state.init(module, tx, module.layout, run.train.seed), 0.0
+    trained_on = restored.record["provenance"]["data"]
+    if trained_on != prepared.fingerprint:
+        raise ValueError(
+            f"the text has changed: the checkpoint was trained on data {trained_on}, now it is "
+            f"{prepared.fingerprint}; give a new --workdir, or bring the old text back"
+        )
+    print(f"resuming at step {restored.record['next_step']} from {checkpoints.folder}")
+    return restored.state, restored.record["seconds"]
+
+
+def compile_step(run, module, tx, objective, state):
+    """The training step, compiled ahead for the shapes it will see, its state donated."""
+    layout = module.layout
+    rate = optim.schedule(run.optim, run.train.steps)
+    advance = step.make_step(objective, tx, rate, run.train)
+    places = train_state.shardings(module, tx, layout)
+    jitted = jax.jit(advance, donate_argnums=0, out_shardings=(places, layout.replicated))
+    return jitted.lower(state, iterator.abstract(run, layout)).compile()
+
+
+def figures(run: config.Run, module) -> loop.Rates:
+    devices = jax.devices()
+    peak = run.log.peak_tflops or hardware.find(devices[0].device_kind).bf16_tflops
+    return loop.Rates(flops.per_token(module, run.data.seq_len), peak * 1e12 * len(devices))
+
+
+def validation(evaluate, run, prepared, layout, params, *, interrupt) -> dict[str, float]:
+    """Loss on held-out rows, nats a token and bits a byte; nothing if interrupted."""
+    total = None
+    for batch in iterator.validation(run, prepared, layout):
+        if interrupt:
+            return {}
+        sums = evaluate(params, batch)
+        total = sums if total is None else jax.tree.map(jax.numpy.add, total, sums)
+    nats = float(total.nll / total.weight)
+    return {"validation_loss": nats, "validation_bits_per_byte": bits_per_byte(nats, prepared)}
+
+
+def bits_per_byte(nats: float, prepared) -> float:
+    return nats / math.log(2) * prepared.validation_tokens / prepared.validation_bytes
+
+
+def baselines(run: config.Run, prepared) -> dict[str, float]:
+    """Unigram and bigram counts of the training rows, scored on the validation rows."""
+    rows = max(BASELINE_TOKENS // run.data.seq_len, 1)
+    train = np.concatenate([tokens[:-1] for tokens in mixture.first_rows(run.data, prepared, rows)])
+    held_out = np.stack(mixture.validation_rows(prepared, run.eval.rows))
+    contexts, targets = held_out[:, :-1].ravel(), held_out[:, 1:].ravel()
+    size = run.model.vocab_size
+    return {
+        "unigram": baseline.unigram(train, targets, size),
+        "bigram": baseline.bigram(train, contexts, targets, size),
+    }
+
+
+def finish(run, workdir, module, state, prepared, record, rates, seconds) -> None:
+    """What is left when the last step is done: plot, run card, a look at what the network writes."""
+    from llama_jax.analysis import plots  # matplotlib is slow to import
+
+    rows = metrics.read(workdir / "metrics.jsonl")
+    counted = baselines(run, prepared)
+    last = rows[-1]
+    results = {name: last[name] for name in ("validation_loss", "validation_bits_per_byte")}
+    results |= {f"{name}_loss": nats for name, nats in counted.items()}
+    parameters = tree.count(state.params)
+    plots.loss(rows, counted, workdir / "loss.png", f"{workdir.name}: {parameters:,} parameters")
+    device = hardware.find(jax.devices()[0].device_kind)
+    card = runcard.make(
+        run,
+        command=command(),
+        provenance=record["provenance"],
+        device_kind=jax.devices()[0].device_kind,
+        devices=jax.device_count(),
+        watts=run.log.watts_per_chip or device.watts,
+        parameters=parameters,
+        steps=int(state.step),
+        flops_per_token=rates.flops_per_token,
+        peak_flops=rates.peak_flops,
+        seconds=seconds,
+        results=results,
+    )
+    runcard.write(card, workdir)
+
+    prompt = mixture.validation_rows(prepared, 1)[0][:SAMPLE_PROMPT].tolist()
+    tokens = generate.continue_text(
+        module, state.params, prompt, SAMPLE_TOKENS, SAMPLE_TEMPERATURE, seed=0
+    )
+    decode = prepared.tokenizer.decode
+    print(f"\na sample at temperature {SAMPLE_TEMPERATURE}, from the first held-out row")
+    print("  prompt:       " + indent(decode(prompt)))
+    print("  continuation: " + indent(decode(tokens[len(prompt) :])))
+    print(f"\n{'':14}nats/token  bits/byte")
+    for name, nats in {"validation": last["validation_loss"], **counted}.items():
+        print(f"{name:14}{nats:10.4f}{bits_per_byte(nats, prepared):11.4f}")
+    print(f"\n{seconds:.0f} s of training; written to {workdir}:")
+    for name in ("checkpoints", "metrics.jsonl", "loss.png", "runcard.md", "runcard.json"):
+        print(f"  {workdir / name}")
+
+
+def indent(text: str) -> str:
+    return text.replace("\n", "\n" + " " * 16)
+
+
+def provenance(prepared) -> dict[str, Any]:
+    """What was run: code, packages, machine, text."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {
+        "code": f"llama_jax {__version__}, {_git_version()}",
+        "python": platform.python_version(),
+        "packages": ", ".join(f"{name} {metadata.version(name)}" for name in packages),
+        "data": prepared.fingerprint,
+        "tokenizer": prepared.tokenizer.fingerprint,
+    }
+
+
+def command() -> str:
+    return shlex.join(["python", "-m", "experiments.train", *sys.argv[1:]])
+
+
+def _git_version() -> str:
+    """The commit of this code, marked when files differ from it; "no git" outside a checkout."""
+    where = os.path.dirname(__file__)
+    call = ["git", "-C", where, "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(call, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "no git"
+    return found.stdout.strip() or "no git"
+
+
+if __name__ == "__main__":
+    cli.run(main, loop.Anomaly, checkpoint.SaveError, RuntimeError)

@@ -1,0 +1,83 @@
+"""The run card: what a reader of a result needs to judge and repeat it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llama_jax import config
+from llama_jax.analysis import carbon
+
+
+def make(
+    run: config.Run,
+    *,
+    command: str,
+    provenance: dict[str, Any],
+    device_kind: str,
+    devices: int,
+    watts: float,
+    parameters: int,
+    steps: int,
+    flops_per_token: int,
+    peak_flops: float,
+    seconds: float,
+    results: dict[str, Any],
+) -> dict[str, Any]:
+    """The card as plain values. Unknown figures are null: nothing is guessed.
+
+    peak_flops is of all devices together, 0 if unknown, as watts, of one device. Energy is that of
+    the hours in training steps: evaluation, compilation and steps lost to a crash are not in it.
+    """
+    tokens = steps * run.tokens_per_step
+    hours = seconds * devices / 3600
+    flops = tokens * flops_per_token
+    return {
+        "command": command,
+        "hardware": {"device": device_kind, "devices": devices, "watts": watts or None},
+        "parameters": parameters,
+        "steps": steps,
+        "tokens": tokens,
+        "model_flops": flops,
+        "mfu": flops / seconds / peak_flops if peak_flops and seconds else None,
+        "tokens_per_second": tokens / seconds if seconds else None,
+        "device_hours": hours,
+        "kwh": carbon.kwh(hours, watts) if watts else None,
+        "kg_co2eq": carbon.kg_co2(hours, watts) if watts else None,
+        "results": results,
+        "provenance": provenance,
+        "config": config.to_dict(run),
+    }
+
+
+def write(card: dict[str, Any], folder: Path) -> None:
+    """runcard.json and runcard.md."""
+    (folder / "runcard.json").write_text(json.dumps(card, indent=2) + "\n")
+    (folder / "runcard.md").write_text(markdown(card))
+
+
+def markdown(card: dict[str, Any]) -> str:
+    hardware = card["hardware"]
+    power = f"{hardware['watts']:g} W each" if hardware["watts"] else "power unknown"
+    rows = {
+        "hardware": f"{hardware['devices']} x {hardware['device']}, {power}",
+        "parameters": f"{card['parameters']:,}",
+        "steps": f"{card['steps']:,}",
+        "tokens": f"{card['tokens']:,}",
+        "model FLOPs": f"{card['model_flops']:.4g}",
+        "MFU": _or_unknown(card["mfu"], "{:.1%}"),
+        "tokens/s": _or_unknown(card["tokens_per_second"], "{:,.0f}"),
+        "device-hours": f"{card['device_hours']:.4g}",
+        f"energy (PUE {carbon.PUE})": _or_unknown(card["kwh"], "{:.4g} kWh"),
+        f"CO2eq ({carbon.KG_PER_KWH} kg/kWh)": _or_unknown(card["kg_co2eq"], "{:.4g} kg"),
+        **{name.replace("_", " "): f"{value:.4f}" for name, value in card["results"].items()},
+        **{name.replace("_", " "): f"`{value}`" for name, value in card["provenance"].items()},
+    }
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    return (
+        f"# Run card\n\n```\n{card['command']}\n```\n\n| | |\n|---|---|\n{table}\n"
+        f"## Config\n\n```json\n{json.dumps(card['config'], indent=2)}\n```\n"
+    )
+
+
+def _or_unknown(value, form):
+    return "unknown" if value is None else form.format(value)

@@ -1,0 +1,423 @@
+"""The schema: every setting of a run, its default, its rule.
+
+Two forms. The contract is the frozen, hashable `Run` below: all of `llama_jax` reads it and nothing
+else. The editing form is a locked `ml_collections.ConfigDict` made by `edit(run)`, which
+`configs/*.py` and the command line change; `freeze` turns it into the contract, once.
+
+Rules are checked where a part is constructed, so that an invalid `Run` cannot exist. A message gives
+value, place, rule and the nearest valid value.
+"""
+
+import dataclasses
+import difflib
+import typing
+from typing import Any
+
+import ml_collections
+
+
+def choose(slots, name: str, place: str):
+    """`slots[name]`, or `name` itself of a plain collection; ValueError with the nearest otherwise."""
+    if name not in slots:
+        near = difflib.get_close_matches(str(name), slots, 1, cutoff=0.0)
+        raise ValueError(f"{place}={name!r} is not one of {', '.join(slots)}; nearest: {near[0]!r}")
+    return slots[name] if isinstance(slots, dict) else name
+
+
+def _positive(part, place, *names):
+    for name in names:
+        if not getattr(part, name) > 0:
+            raise ValueError(f"{place}.{name}={getattr(part, name)} must be positive")
+
+
+def _not_negative(part, place, *names):
+    for name in names:
+        if not getattr(part, name) >= 0:
+            raise ValueError(f"{place}.{name}={getattr(part, name)} must not be negative")
+
+
+def _divides(small_place, small, large_place, large):
+    if large % small:
+        fits = [n for n in range(1, large + 1) if large % n == 0]
+        near = sorted(sorted(fits, key=lambda n: abs(n - small))[:6])
+        tries = f"{', '.join(map(str, near[:-1]))} or {near[-1]}" if near[1:] else f"{near[0]}"
+        raise ValueError(f"{small_place}={small} must divide {large_place}={large}; try {tries}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary embedding (arXiv:2104.09864) with the frequency scaling of Llama 3.1.
+
+    factor 1 leaves the frequencies alone. Llama 3.1 and 3.2-Vision use 8, Llama 3.2 1B and 3B use 32,
+    each with low 1, high 4 and original length 8192 (the `rope_scaling` of their checkpoints).
+    """
+
+    theta: float = 10_000.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+
+    def __post_init__(self):
+        _positive(self, "model.rope", "theta", "factor", "low_freq_factor", "original_length")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"model.rope.high_freq_factor={self.high_freq_factor} must exceed "
+                f"model.rope.low_freq_factor={self.low_freq_factor}; Llama 3.1 uses 4 and 1"
+            )
+        if self.factor == 1.0:
+            for name in ("low_freq_factor", "high_freq_factor", "original_length"):
+                default = type(self).__dataclass_fields__[name].default
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"model.rope.{name}={getattr(self, name)} has no effect while "
+                        f"model.rope.factor=1.0; set the factor or leave it at {default}"
+                    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The network. Sizes are final: nothing is rounded. Defaults are LLaMA 7B's."""
+
+    vocab_size: int = 32_000
+    dim: int = 4096
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int = 32
+    head_dim: int = 128
+    ffn_dim: int = 11_008
+    pattern: tuple[str, ...] = ("self",)  # one group of layers; the depth repeats it
+    norm: str = "rms"
+    norm_eps: float = 1e-6
+    position: str = "rope"
+    rope: Rope = Rope()
+    ffn: str = "swiglu"
+    output: str = "untied"  # "tied": logits are products with the embedding
+    init_std: float = 0.02
+    # From here on: how it is computed, never what.
+    compute_dtype: str = "bfloat16"
+    kernel: str = "blockwise"
+    remat: str = "none"
+    unroll: int = 1  # layer groups laid out one after another in each turn of the scan
+
+    def __post_init__(self):
+        _positive(
+            self,
+            "model",
+            *("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim"),
+            *("norm_eps", "init_std", "unroll"),
+        )
+        _divides("model.kv_heads", self.kv_heads, "model.heads", self.heads)
+        if self.head_dim % 2:
+            raise ValueError(
+                f"model.head_dim={self.head_dim} must be even: rotary embedding turns pairs; "
+                f"try {self.head_dim + 1}"
+            )
+        if not self.pattern:
+            raise ValueError("model.pattern=() must name at least one kind of layer; try ('self',)")
+        _divides("len(model.pattern)", len(self.pattern), "model.layers", self.layers)
+        _divides("model.unroll", self.unroll, "the number of layer groups", self.groups)
+        choose(("untied", "tied"), self.output, "model.output")
+        choose(("float32", "bfloat16"), self.compute_dtype, "model.compute_dtype")
+
+    @property
+    def groups(self) -> int:
+        return self.layers // len(self.pattern)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """kind byte: 256 bytes and specials. sp: SentencePiece. bpe: tiktoken ranks of Llama 3.
+
+    sp with an empty path trains one with LLaMA's settings on the training text, vocabulary
+    `model.vocab_size`, and keeps it beside the rows.
+    """
+
+    kind: str = "sp"
+    path: str = ""
+
+    def __post_init__(self):
+        choose(("byte", "sp", "bpe"), self.kind, "data.tokenizer.kind")
+        if self.kind == "byte" and self.path:
+            raise ValueError(
+                f"data.tokenizer.path={self.path!r} has no effect on kind 'byte'; set kind 'sp' or 'bpe'"
+            )
+        if self.kind == "bpe" and not self.path:
+            raise ValueError(
+                "data.tokenizer.path='' must name the ranks file of kind 'bpe' (Llama 3's tokenizer.model)"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One body of text and its share of the tokens.
+
+    kind stdlib: the Python standard library on this machine, no path. files: a glob of .txt, .py,
+    .md, .jsonl (.gz, .zst) or .parquet. tfds: `name/config` of a TFDS text data set. rows: a folder
+    of rows already tokenised (ArrayRecord with TFDS metadata).
+    """
+
+    name: str = "corpus"
+    kind: str = "stdlib"
+    path: str = ""
+    text_field: str = "text"  # of jsonl, parquet and tfds records
+    weight: float = 1.0  # share of the training tokens, relative to the other sources
+
+    def __post_init__(self):
+        place = f"data.sources.{self.name}"
+        choose(("stdlib", "files", "tfds", "rows"), self.kind, f"{place}.kind")
+        if self.kind == "stdlib" and self.path:
+            raise ValueError(
+                f"{place}.path={self.path!r} has no effect on kind 'stdlib'; set {place}.kind to 'files'"
+            )
+        if self.kind != "stdlib" and not self.path:
+            raise ValueError(f"{place}.path='' must be set for kind {self.kind!r}")
+        _positive(self, place, "weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    sources: tuple[Source, ...] = (Source(),)  # in the editing form a dict by name
+    tokenizer: Tokenizer = Tokenizer()
+    seq_len: int = 2048  # T: tokens predicted a row
+    packing: str = "concat"  # "concat": concatenate and split; "best_fit": keep documents whole
+    segments: str = "none"  # "document": no attention and no positions across documents
+    validation_fraction: float = 0.05  # of the documents
+    seed: int = 0  # of the order
+    cache: str = "~/.cache/llama_jax"  # rows and tokenizers by fingerprint, compiled programs
+    threads: int = 4  # readers of rows
+
+    def __post_init__(self):
+        _positive(self, "data", "seq_len", "threads")
+        choose(("concat", "best_fit"), self.packing, "data.packing")
+        choose(("none", "document"), self.segments, "data.segments")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(
+                f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1; try 0.05"
+            )
+        if not self.sources:
+            raise ValueError("data.sources is empty; give at least one source")
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"data.sources={names} must have different names")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    """AdamW of LLaMA (arXiv:2302.13971 section 2.3) unless said otherwise."""
+
+    name: str = "adamw"
+    learning_rate: float = 3e-4
+    schedule: str = "cosine"
+    warmup_steps: int = 2000
+    final_fraction: float = 0.1  # of the peak learning rate, at the last step
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices only
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        _positive(self, "optim", "learning_rate", "eps", "clip_norm")
+        for name in ("beta1", "beta2", "final_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must lie between 0 and 1")
+        _not_negative(self, "optim", "warmup_steps", "weight_decay")
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    steps: int = 238_419  # 1.0T tokens in batches of 4M, LLaMA 7B
+    batch_size: int = 2048  # rows an optimiser step, over all devices
+    microbatches: int = 1  # gradient accumulation: the batch in so many parts, one after another
+    loss_chunks: int = 1  # logits of 1/chunks of the positions exist at a time
+    z_loss: float = 0.0  # times the squared log of the partition function (PaLM used 1e-4)
+    seed: int = 0  # of the initial parameters
+    on_anomaly: str = "stop"  # "skip": leave the update out, report it, go on
+    spike_nats: float = (
+        0.0  # loss this far above its running mean is an anomaly; 0: only NaN and inf
+    )
+    max_skips: int = 10  # anomalies in a row that stop even "skip"
+
+    def __post_init__(self):
+        _positive(self, "train", "steps", "batch_size", "microbatches", "loss_chunks", "max_skips")
+        _not_negative(self, "train", "z_loss", "spike_nats")
+        _divides("train.microbatches", self.microbatches, "train.batch_size", self.batch_size)
+        choose(("stop", "skip"), self.on_anomaly, "train.on_anomaly")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; -1, allowed once, takes those that are left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        if any(size == 0 or size < -1 for size in sizes.values()):
+            raise ValueError(f"mesh={sizes} must be positive, or -1 for what is left")
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError(f"mesh={sizes} may leave one axis to be filled, not several")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    every: int = 1000  # steps
+    keep: int = 3
+
+    def __post_init__(self):
+        _positive(self, "checkpoint", "every", "keep")
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    every: int = 1000  # steps
+    rows: int = 2048  # held-out rows, at most
+
+    def __post_init__(self):
+        _positive(self, "eval", "every", "rows")
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    every: int = 10  # steps
+    tensorboard: str = "on"
+    wandb: str = "off"
+    audit: str = "off"  # "on": audit.jsonl lists the rows that each step consumed
+    peak_tflops: float = 0.0  # a device, for MFU; 0: look it up by the device's name
+    watts_per_chip: float = 0.0  # for energy and CO2; 0: look it up
+
+    def __post_init__(self):
+        _positive(self, "log", "every")
+        _not_negative(self, "log", "peak_tflops", "watts_per_chip")
+        for name in ("tensorboard", "wandb", "audit"):
+            choose(("on", "off"), getattr(self, name), f"log.{name}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything that determines a run."""
+
+    model: Model = Model()
+    data: Data = Data()
+    optim: Optim = Optim()
+    train: Train = Train()
+    mesh: Mesh = Mesh()
+    checkpoint: Checkpoint = Checkpoint()
+    eval: Eval = Eval()
+    log: Log = Log()
+
+    def __post_init__(self):
+        _divides("train.loss_chunks", self.train.loss_chunks, "data.seq_len", self.data.seq_len)
+        if self.optim.warmup_steps >= self.train.steps:
+            raise ValueError(
+                f"optim.warmup_steps={self.optim.warmup_steps} must be below "
+                f"train.steps={self.train.steps}; try {max(self.train.steps // 10, 0)}"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.batch_size * self.data.seq_len
+
+
+def edit(run: Run) -> ml_collections.ConfigDict:
+    """The editing form of a run: locked, so that a misspelt name raises."""
+    return ml_collections.ConfigDict(to_dict(run)).lock()
+
+
+def freeze(config: ml_collections.ConfigDict) -> Run:
+    """The contract of an edited config. ValueError names what breaks which rule."""
+    return from_dict(config.to_dict())
+
+
+def to_dict(value: Any) -> Any:
+    """Plain dicts of a frozen part; named parts in a tuple become a dict by name."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+        return {
+            part.name: {k: v for k, v in to_dict(part).items() if k != "name"} for part in value
+        }
+    return value
+
+
+def from_dict(values: dict[str, Any]) -> Run:
+    """The inverse of `to_dict`, also from JSON (lists for tuples). ValueError on what does not fit."""
+    return _build(Run, values, "")
+
+
+def flatten(run: Run) -> dict[str, Any]:
+    """{"model.dim": 4096, ...}, in the order of the schema."""
+    flat = {}
+
+    def walk(value, place):
+        if isinstance(value, dict):
+            for key, part in value.items():
+                walk(part, f"{place}.{key}" if place else key)
+        else:
+            flat[place] = value
+
+    walk(to_dict(run), "")
+    return flat
+
+
+# Settings that say how a run is carried out, not what it computes: a run may go on with others.
+HOW = (
+    *("mesh.", "log.", "checkpoint.", "eval."),
+    *("model.kernel", "model.remat", "model.unroll", "train.microbatches", "train.loss_chunks"),
+    *("train.on_anomaly", "train.max_skips", "data.cache", "data.threads"),
+)
+
+
+def diff(old: Run, new: Run, essential: bool = False) -> list[str]:
+    """One line a differing field: `model.dim: 4096 -> 5120`; essential: those of `HOW` left out."""
+    old_flat, new_flat = flatten(old), flatten(new)
+    return [
+        f"{place}: {old_flat.get(place, 'absent')} -> {new_flat.get(place, 'absent')}"
+        for place in dict.fromkeys((*old_flat, *new_flat))
+        if old_flat.get(place, "absent") != new_flat.get(place, "absent")
+        and not (essential and place.startswith(HOW))
+    ]
+
+
+def _build(kind: type, values: Any, place: str):
+    """One frozen part of plain values, types checked."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{place}={values!r} must be a group of settings ({kind.__name__})")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    types = typing.get_type_hints(kind)
+    for name in values:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1, cutoff=0.0)[0]
+            raise ValueError(
+                f"{_join(place, name)} is not a setting; nearest: {_join(place, near)}"
+            )
+    return kind(**{name: _value(types[name], v, _join(place, name)) for name, v in values.items()})
+
+
+def _value(kind: Any, value: Any, place: str):
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, place)
+    if typing.get_origin(kind) is tuple:
+        part = typing.get_args(kind)[0]
+        if dataclasses.is_dataclass(part):
+            if not isinstance(value, dict):
+                raise ValueError(f"{place}={value!r} must be a dict of name -> {part.__name__}")
+            return tuple(
+                _build(part, {"name": name, **dict(v)}, f"{place}.{name}")
+                for name, v in sorted(value.items())
+            )
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{place}={value!r} must be a tuple of {part.__name__}")
+        return tuple(_value(part, v, place) for v in value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{place}={value!r} must be {kind.__name__}, not {type(value).__name__}")
+    return value
+
+
+def _join(place: str, name: str) -> str:
+    return f"{place}.{name}" if place else name

@@ -1,0 +1,109 @@
+"""Batches on the devices: each process loads its own rows of the global batch, ahead of time.
+
+Global batch n is rows n*B .. n*B+B-1 of the order (mixture.py), whatever the number of processes,
+so that a run continues exactly from a step number, also on other hardware.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from llama_jax import config
+from llama_jax.data import batch as batches
+from llama_jax.data import mixture
+from llama_jax.data.batch import Batch
+from llama_jax.data.prepare import Prepared
+from llama_jax.sharding import Layout
+
+
+class Loaded(NamedTuple):
+    """A batch and where its rows come from, those of all processes."""
+
+    batch: Batch
+    sources: np.ndarray  # [B], index into prepared.sources
+    rows: np.ndarray  # [B], row of that source's training split
+
+
+def train(run: config.Run, prepared: Prepared, layout: Layout, first_step: int) -> Iterator[Loaded]:
+    """The batches of steps first_step .. train.steps-1, as global arrays."""
+    import grain
+
+    load = loader(run, prepared, *layout.host_rows(run.train.batch_size))
+    threads = run.data.threads
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    steps = grain.MapDataset.range(first_step, run.train.steps).map(load)
+    for loaded in steps.to_iter_dataset(options):
+        yield loaded._replace(batch=_put(loaded.batch, layout, run.train.batch_size))
+
+
+def abstract(run: config.Run, layout: Layout) -> Batch:
+    """Shapes, types and places of a training batch, to compile for before there is one."""
+    shape = (run.train.batch_size, run.data.seq_len)
+    types = Batch(np.int32, np.int32, np.float32, np.int32, np.int32)
+    place = layout.batch("BT")
+    return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in types))
+
+
+def loader(run: config.Run, prepared: Prepared, start: int, stop: int) -> Callable[[int], Loaded]:
+    """step -> its global batch, but in numpy and only the rows start..stop of it."""
+    order = mixture.order_of(run.data, prepared)
+    size = run.train.batch_size
+
+    def load(step: int) -> Loaded:
+        picks = [order[int(step) * size + i] for i in range(size)]
+        sources, rows = np.array(picks, np.int64).T
+        return Loaded(_load(run, prepared, "train", picks[start:stop]), sources, rows)
+
+    return load
+
+
+def validation(run: config.Run, prepared: Prepared, layout: Layout) -> Iterator[Batch]:
+    """The held-out rows, source after source, in batches the size of a microbatch.
+
+    The last batch is filled up with rows of weight 0.
+    """
+    picks = mixture.validation_picks(prepared, run.eval.rows)
+    size = run.train.batch_size // run.train.microbatches
+    start, stop = layout.host_rows(size)
+    for first in range(0, len(picks), size):
+        real = picks[first : first + size]
+        filled = real + real[-1:] * (size - len(real))
+        local = _load(run, prepared, "validation", filled[start:stop])
+        counts_B1 = (np.arange(start, stop) < len(real)).astype(np.float32)[:, None]
+        yield _put(local._replace(weights_BT=local.weights_BT * counts_B1), layout, size)
+
+
+def _load(run: config.Run, prepared: Prepared, split: str, picks: list[mixture.Pick]) -> Batch:
+    sources, rows = np.array(picks, np.int64).T
+    parts, places = [], []
+    for source in np.unique(sources):
+        where = np.flatnonzero(sources == source)
+        tokens, segments = getattr(prepared.sources[source].store, split).read(rows[where])
+        bos = prepared.tokenizer.bos
+        parts.append(batches.from_rows(tokens, segments, run.data.segments, bos))
+        places.append(where)
+    back = np.argsort(np.concatenate(places))
+    local = Batch(*(np.concatenate(arrays)[back] for arrays in zip(*parts, strict=True)))
+    _check_ids(run, prepared, split, local, picks)
+    return local
+
+
+def _check_ids(run, prepared, split: str, batch: Batch, picks: list[mixture.Pick]) -> None:
+    for shift, ids_BT in enumerate((batch.tokens_BT, batch.targets_BT)):
+        if ids_BT.max() < run.model.vocab_size:
+            continue
+        b, t = np.argwhere(ids_BT >= run.model.vocab_size)[0]
+        source, row = picks[b]
+        corpus = prepared.sources[source]
+        raise ValueError(
+            f"data.sources.{corpus.name}: row {row} of its {split} split ({corpus.store.folder}) "
+            f"has token id {ids_BT[b, t]} at position {t + shift}; ids must be below "
+            f"model.vocab_size={run.model.vocab_size}: the rows are damaged or belong to another "
+            "tokenizer"
+        )
+
+
+def _put(local: Batch, layout: Layout, rows: int) -> Batch:
+    return Batch(*(layout.put(array, "BT", rows) for array in local))

@@ -1,0 +1,121 @@
+"""Which row comes when: a pure function of (seed, global row number), by grain. No JAX.
+
+Each source is shuffled anew every epoch; sources are interleaved so that every prefix of the order
+holds them in the proportions of their weights, to within two rows.
+"""
+
+import fractions
+import math
+import sys
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from llama_jax import config
+from llama_jax.data.prepare import Prepared
+
+Pick = tuple[int, int]  # (source, row)
+
+
+def order(names: Sequence[str], lengths: Sequence[int], weights: Sequence[float], seed: int):
+    """A grain.MapDataset without end: element n is the Pick of the n-th row of training."""
+    import grain
+
+    datasets = []
+    for source, (name, length) in enumerate(zip(names, lengths, strict=True)):
+        # By name, so that a source keeps its order when another one is added.
+        own = int(np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)[0])
+        rows = grain.MapDataset.range(length).seed(own).shuffle().repeat()
+        datasets.append(rows.map(_tag(source)))
+    return grain.MapDataset.select_from_datasets(datasets, _Interleave(weights))
+
+
+class _Interleave:
+    """Which source gives the n-th row, and its how-many-eth that is; in integers, so exact.
+
+    The scheme of grain.MapDataset.mix, which however truncates weights to hundredths of the
+    smallest: 7 to 3 becomes 233 to 100. Of n rows the first source takes what floor(n * (total -
+    its weight) / total) leaves; the others share the rest in the same way.
+    """
+
+    def __init__(self, weights: Sequence[float]):
+        exact = [fractions.Fraction(repr(weight)) for weight in weights]
+        unit = math.lcm(*(weight.denominator for weight in exact))
+        self._weights = [int(weight * unit) for weight in exact]
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, n: int) -> Pick:
+        before, after = n, n + 1
+        total = sum(self._weights)
+        for source, weight in enumerate(self._weights):
+            left_before = before * (total - weight) // total
+            left_after = after * (total - weight) // total
+            if before - left_before != after - left_after:
+                return source, before - left_before
+            before, after, total = left_before, left_after, total - weight
+        raise AssertionError("the last source takes what is left")
+
+
+def order_of(data: config.Data, prepared: Prepared):
+    """The order of a run's training rows."""
+    corpora = prepared.sources
+    lengths = [len(corpus.store.train) for corpus in corpora]
+    return order([c.name for c in corpora], lengths, [c.weight for c in corpora], data.seed)
+
+
+def epochs(prepared: Prepared, rows: int) -> dict[str, float]:
+    """How often each source has been read after so many rows of training."""
+    total = sum(corpus.weight for corpus in prepared.sources)
+    return {
+        corpus.name: rows * corpus.weight / total / len(corpus.store.train)
+        for corpus in prepared.sources
+    }
+
+
+def first_rows(data: config.Data, prepared: Prepared, rows: int) -> list[np.ndarray]:
+    """Tokens [T+1] of the first rows of training, at most as many as there are different ones."""
+    picks = order_of(data, prepared)
+    most = sum(len(corpus.store.train) for corpus in prepared.sources)
+    return _tokens(prepared, "train", [picks[i] for i in range(min(rows, most))])
+
+
+def validation_rows(prepared: Prepared, rows: int) -> list[np.ndarray]:
+    """Tokens [T+1] of the held-out rows, in the order of `validation_picks`."""
+    return _tokens(prepared, "validation", validation_picks(prepared, rows))
+
+
+def validation_picks(prepared: Prepared, rows: int) -> list[Pick]:
+    """The held-out rows: the first of each source, source after source, an equal number of each.
+
+    What a short source leaves goes to the others; so many rows in all, or as many as there are.
+    """
+    left = [len(corpus.store.validation) for corpus in prepared.sources]
+    takes = [0] * len(left)
+    wanted = min(rows, sum(left))
+    while wanted:
+        unread = [source for source, n in enumerate(left) if n]
+        share = max(wanted // len(unread), 1)
+        for source in unread[:wanted]:
+            take = min(share, left[source])
+            takes[source] += take
+            left[source] -= take
+            wanted -= take
+    return [(source, row) for source, take in enumerate(takes) for row in range(take)]
+
+
+def _tokens(prepared: Prepared, split: str, picks: list[Pick]) -> list[np.ndarray]:
+    tokens = [np.empty(0)] * len(picks)
+    for source, corpus in enumerate(prepared.sources):
+        where = [at for at, pick in enumerate(picks) if pick[0] == source]
+        if where:
+            read, _ = getattr(corpus.store, split).read([picks[at][1] for at in where])
+            for at, row in zip(where, read.astype(np.int32), strict=True):
+                tokens[at] = row
+    return tokens
+
+
+def _tag(source: int):
+    return lambda row: (source, int(row))

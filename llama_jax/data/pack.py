@@ -1,0 +1,93 @@
+"""Documents of ids to rows of one length: "concat" and "best_fit". No JAX.
+
+A row holds length+1 tokens, of which the last `length` are targets. Where text is cut the next row
+repeats one token, so that every token but a document's first is a target exactly once.
+"""
+
+from collections.abc import Generator, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+OPEN_BINS = 64  # rows that best_fit fills at a time
+
+
+class Row(NamedTuple):
+    tokens: np.ndarray  # length+1
+    segments: np.ndarray | None  # documents from 1, padding 0; None: tell them by bos
+
+
+def concat(
+    documents: Iterator[np.ndarray], length: int, pad: int
+) -> Generator[Row, None, tuple[int, int]]:
+    """One stream of tokens, split every `length` (LLaMA's packing).
+
+    Returns the tokens that are in no row's targets: the last partial row, and no padding.
+    """
+    held, size = [], 0
+    for ids in documents:
+        held.append(ids)
+        size += len(ids)
+        if size <= length:
+            continue
+        stream = np.concatenate(held)
+        rows = (size - 1) // length
+        for start in range(0, rows * length, length):
+            yield Row(stream[start : start + length + 1], None)
+        held, size = [stream[rows * length :]], size - rows * length
+    return max(size - 1, 0) if size else 0, 0
+
+
+def best_fit(
+    documents: Iterator[np.ndarray], length: int, pad: int
+) -> Generator[Row, None, tuple[int, int]]:
+    """Documents whole, each in the open row that it fills best (arXiv:2404.10830), then padding.
+
+    Documents longer than a row are cut first. Returns no dropped tokens, and how many are padding.
+    """
+    import grain
+
+    key = "tokens"
+    packed = grain.experimental.BestFitPackIterDataset(
+        _stream(_cut(documents, length)),
+        length_struct={key: length + 1},
+        num_packing_bins=OPEN_BINS,
+        shuffle_bins=False,
+        padding_struct={key: pad},
+    )
+    padding = 0
+    for row in packed:
+        segments = row[f"{key}_segment_ids"]
+        padding += int(np.sum(segments == 0))
+        yield Row(row[key], segments)
+    return 0, padding
+
+
+def _cut(documents: Iterator[np.ndarray], length: int) -> Iterator[np.ndarray]:
+    for ids in documents:
+        for start in range(0, max(len(ids) - 1, 1), length):
+            yield ids[start : start + length + 1]
+
+
+def _stream(documents: Iterator[np.ndarray]):
+    """A grain dataset that is read once, in order, and never resumed."""
+    import grain
+
+    class Reader(grain.DatasetIterator):
+        def __next__(self):
+            return {"tokens": next(documents)}
+
+        def get_state(self):
+            return {}  # the packer asks for it, to resume from; we pack once
+
+        def set_state(self, state):
+            raise NotImplementedError
+
+    class Stream(grain.IterDataset):
+        def __iter__(self):
+            return Reader()
+
+    return Stream()
+
+
+PACKINGS = {"concat": concat, "best_fit": best_fit}

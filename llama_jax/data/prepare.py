@@ -1,0 +1,273 @@
+"""From a `config.Data` to stores of rows: read, tokenise, pack, write; once, then from the cache.
+
+The cache key is the fingerprint of all that decides the rows: text, tokenizer, packing, row length,
+validation fraction. The tokenizer lies beside the rows, so that a folder of rows is complete.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from llama_jax import config
+from llama_jax.data import pack, rows, source
+from llama_jax.tokenizer import base, sp
+from llama_jax.tokenizer.base import Tokenizer
+
+FORMAT = 1  # of the rows; raise it when the same text gives other rows
+CHUNK_CHARS = 1 << 22  # tokenised at a time
+MODEL_FILE = "tokenizer.model"  # beside the rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """One source, prepared."""
+
+    name: str
+    weight: float
+    store: rows.Store
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    tokenizer: Tokenizer
+    tokenizer_config: config.Tokenizer  # loads the same tokenizer again, from beside the rows
+    sources: tuple[Corpus, ...]
+    fingerprint: str  # of every source's rows
+
+    @property
+    def train_tokens(self) -> int:
+        """Of the split's text, begin and end tokens included; so are validation_tokens."""
+        return self._total("train", "tokens")
+
+    @property
+    def train_bytes(self) -> int:
+        return self._total("train", "bytes")
+
+    @property
+    def validation_tokens(self) -> int:
+        return self._total("validation", "tokens")
+
+    @property
+    def validation_bytes(self) -> int:
+        return self._total("validation", "bytes")
+
+    def _total(self, split: str, figure: str) -> int:
+        return sum(getattr(corpus.store.meta.splits[split], figure) for corpus in self.sources)
+
+
+def prepare(data: config.Data, vocab_size: int, report: Callable[[str], None] = print) -> Prepared:
+    """The rows of every source, from the cache where they are there. `report` gets what is done."""
+    cache = os.path.abspath(os.path.expanduser(data.cache))
+    stores = {s.name: _open_rows(s, data) for s in data.sources if s.kind == "rows"}
+    texts = [
+        source.open_text(s, data.validation_fraction, cache)
+        for s in data.sources
+        if s.kind != "rows"
+    ]
+    choice = _tokenizer(data, texts, list(stores.values()), vocab_size, cache, report)
+    tokenizer = base.load(choice)
+    if tokenizer.vocab_size != vocab_size:
+        raise ValueError(
+            f"model.vocab_size={vocab_size} but the tokenizer ({choice.path or choice.kind}) has "
+            f"{tokenizer.vocab_size} tokens; set model.vocab_size={tokenizer.vocab_size}"
+        )
+    for name, store in stores.items():
+        if store.meta.tokenizer != tokenizer.fingerprint:
+            raise ValueError(
+                f"data.sources.{name}.path={store.folder!r} was made with another tokenizer "
+                f"({store.meta.tokenizer_kind}, {store.meta.vocab_size} tokens) than "
+                f"{choice.path or choice.kind}; set data.tokenizer.kind="
+                f"{store.meta.tokenizer_kind!r} and data.tokenizer.path={_model_path(store)!r}"
+            )
+    for text in texts:
+        stores[text.name] = _rows(text, data, tokenizer, choice, cache, report)
+    corpora = tuple(Corpus(s.name, s.weight, stores[s.name]) for s in data.sources)
+    identity = [[c.name, _identity(c.store.meta)] for c in corpora]
+    first = corpora[0].store
+    return Prepared(
+        tokenizer,
+        config.Tokenizer(first.meta.tokenizer_kind, _model_path(first)),
+        corpora,
+        _sha(identity),
+    )
+
+
+def training_lines(texts: list[source.Text]) -> Iterator[str]:
+    """The lines of the training split, for training a tokenizer."""
+    for text in texts:
+        for piece in text.read("train"):
+            yield from piece.text.split("\n")
+
+
+def _identity(meta: rows.Meta) -> dict:
+    """What the rows hold, whatever size this version of ArrayRecord makes of them."""
+    splits = {name: dataclasses.replace(split, shards={}) for name, split in meta.splits.items()}
+    return dataclasses.asdict(dataclasses.replace(meta, splits=splits))
+
+
+def _open_rows(of: config.Source, data: config.Data) -> rows.Store:
+    store = rows.load(os.path.abspath(os.path.expanduser(of.path)))
+    if store.meta.seq_len != data.seq_len:
+        raise ValueError(
+            f"data.seq_len={data.seq_len} but the rows of data.sources.{of.name} ({of.path}) "
+            f"predict {store.meta.seq_len} tokens; set data.seq_len={store.meta.seq_len}"
+        )
+    if store.meta.packing != data.packing:
+        raise ValueError(
+            f"data.packing={data.packing!r} has no effect on the rows of data.sources.{of.name} "
+            f"({of.path}); set data.packing={store.meta.packing!r}, as they were made"
+        )
+    return store
+
+
+def _tokenizer(
+    data: config.Data, texts, stores, vocab_size: int, cache: str, report
+) -> config.Tokenizer:
+    """The tokenizer that is named, else the one beside given rows, else one trained now."""
+    if data.tokenizer.kind != "sp" or data.tokenizer.path:
+        return data.tokenizer
+    if stores:
+        return config.Tokenizer(stores[0].meta.tokenizer_kind, _model_path(stores[0]))
+    key = _sha([FORMAT, [t.fingerprint for t in texts], data.validation_fraction, vocab_size])
+    path = os.path.join(cache, "tokenizers", key[:32] + ".model")
+    if not os.path.exists(path):
+        report(f"training a SentencePiece tokenizer of {vocab_size} pieces")
+        try:
+            sp.train(training_lines(texts), vocab_size, path, os.cpu_count())
+        except OSError as error:
+            raise ValueError(f"data.cache={data.cache!r} cannot be written: {error}") from error
+    return config.Tokenizer("sp", path)
+
+
+def _rows(text: source.Text, data: config.Data, tokenizer, choice, cache, report) -> rows.Store:
+    recipe = [data.packing, data.seq_len, data.validation_fraction]
+    key = _sha([FORMAT, text.fingerprint, tokenizer.fingerprint, *recipe])
+    final = os.path.join(cache, "rows", key[:32])
+    if not os.path.exists(final):
+        report(f"{text.name}: tokenising and packing into rows of {data.seq_len} tokens")
+        with rows.folder(final) as folder:
+            _build(folder, text, data, tokenizer, choice, report)
+        report(f"{text.name}: wrote {final}")
+    return rows.load(final)
+
+
+def _build(folder: str, text: source.Text, data: config.Data, tokenizer, choice, report) -> None:
+    import tqdm
+
+    splits, shards = {}, {}
+    on_terminal = sys.stderr.isatty()
+    with tqdm.tqdm(
+        desc=text.name, total=text.size or None, unit="B", unit_scale=True, disable=not on_terminal
+    ) as bar:
+        for split in source.SPLITS:
+            tokenised = _Tokenised(text.read(split), tokenizer, bar.update)
+            packed = _Returning(
+                pack.PACKINGS[data.packing](tokenised.ids(), data.seq_len, tokenizer.pad)
+            )
+            shards[split] = rows.write(folder, split, packed, tokenizer.vocab_size)
+            dropped, padding = packed.returned
+            if not shards[split]:
+                raise ValueError(_too_short(text.name, split, tokenised, data))
+            sizes = {name: os.path.getsize(os.path.join(folder, name)) for name in shards[split]}
+            splits[split] = rows.Split(
+                rows=sum(shards[split].values()),
+                tokens=tokenised.tokens,
+                bytes=tokenised.bytes,
+                documents=tokenised.documents,
+                dropped=dropped,
+                padding=padding,
+                shards=sizes,
+            )
+            report(
+                f"{text.name}: {split}: {tokenised.documents} documents, {tokenised.bytes} bytes, "
+                f"{tokenised.tokens} tokens in {splits[split].rows} rows; "
+                f"{dropped} tokens dropped at the end, {padding} of padding"
+            )
+    if choice.path:
+        shutil.copyfile(os.path.expanduser(choice.path), os.path.join(folder, MODEL_FILE))
+    meta = rows.Meta(
+        seq_len=data.seq_len,
+        packing=data.packing,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_kind=choice.kind,
+        tokenizer=tokenizer.fingerprint,
+        bos=tokenizer.bos,
+        text=text.fingerprint,
+        python=text.python,
+        splits=splits,
+    )
+    rows.describe(folder, shards, data.packing == "best_fit", meta)
+
+
+class _Tokenised:
+    """Pieces of text to ids, with counts of what passed."""
+
+    def __init__(self, pieces, tokenizer: Tokenizer, progress: Callable[[int], object]):
+        self.documents = self.bytes = self.tokens = 0
+        self._pieces, self._tokenizer, self._progress = pieces, tokenizer, progress
+        # A piece inside a document is encoded behind a newline, whose ids are then dropped.
+        self._newline = tokenizer.encode("\n")
+
+    def ids(self) -> Iterator[np.ndarray]:
+        for chunk in _chunks(self._pieces):
+            texts = [piece.text if piece.first else "\n" + piece.text for piece in chunk]
+            encoded = self._tokenizer.encode_batch(texts, os.cpu_count())
+            for piece, ids in zip(chunk, encoded, strict=True):
+                if not piece.first and ids[: len(self._newline)].tolist() == self._newline:
+                    ids = ids[len(self._newline) :]
+                opens = [self._tokenizer.bos] if piece.first else []
+                closes = [self._tokenizer.eos] if piece.last else []
+                ids = np.concatenate([opens, ids, closes]).astype(np.int32)
+                self.documents += piece.last
+                self.tokens += len(ids)
+                yield ids
+            size = sum(len(piece.text.encode()) for piece in chunk)
+            self.bytes += size
+            self._progress(size)
+
+
+def _chunks(pieces) -> Iterator[list]:
+    chunk, chars = [], 0
+    for piece in pieces:
+        chunk.append(piece)
+        chars += len(piece.text)
+        if chars >= CHUNK_CHARS:
+            yield chunk
+            chunk, chars = [], 0
+    if chunk:
+        yield chunk
+
+
+class _Returning:
+    """An iterator over a generator that keeps what the generator returns."""
+
+    def __init__(self, generator):
+        self._generator = generator
+
+    def __iter__(self):
+        self.returned = yield from self._generator
+
+
+def _too_short(name: str, split: str, tokenised: _Tokenised, data: config.Data) -> str:
+    advice = "give more text or lower data.seq_len"
+    if split == "validation":
+        advice += " or raise data.validation_fraction"
+    return (
+        f"data.sources.{name}: its {split} split has {tokenised.documents} documents, "
+        f"{tokenised.tokens} tokens, and data.seq_len={data.seq_len} needs at least "
+        f"{data.seq_len + 1} for one row; {advice}"
+    )
+
+
+def _model_path(store: rows.Store) -> str:
+    return "" if store.meta.tokenizer_kind == "byte" else os.path.join(store.folder, MODEL_FILE)
+
+
+def _sha(value) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

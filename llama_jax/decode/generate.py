@@ -1,0 +1,41 @@
+"""Continue a prompt by running the whole text through the model for each new token.
+
+No cache: right for the few tokens that training shows of itself, slow for anything longer.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.model import transformer
+from llama_jax.model.transformer import Transformer
+
+
+def continue_text(
+    module: Transformer,
+    params: Any,
+    prompt: Sequence[int],
+    new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> list[int]:
+    """Token ids of the prompt and its continuation; temperature 0 takes the likeliest token."""
+    length = len(prompt) + new_tokens
+    rows = module.layout.row_parts  # the same row on every device
+    tokens_BT = jnp.zeros((rows, length), jnp.int32).at[:, : len(prompt)].set(jnp.asarray(prompt))
+    positions_BT = jnp.broadcast_to(jnp.arange(length), (rows, length))
+
+    def one(i, tokens_BT):
+        hidden = module.apply({"params": params}, tokens_BT, positions_BT)
+        logits_BV = transformer.logits(hidden)[:, i - 1]
+        chosen_B = jnp.argmax(logits_BV, axis=-1)
+        if temperature:
+            key = jax.random.fold_in(jax.random.key(seed), i)
+            drawn = jax.random.categorical(key, logits_BV[0] / temperature)
+            chosen_B = jnp.full(rows, drawn)
+        return tokens_BT.at[:, i].set(chosen_B)
+
+    finished_BT = jax.jit(lambda t: jax.lax.fori_loop(len(prompt), length, one, t))(tokens_BT)
+    return jax.device_get(finished_BT)[0].tolist()

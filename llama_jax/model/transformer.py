@@ -1,0 +1,131 @@
+"""The decoder-only transformer: embedding, a scan over groups of layers, norm, output matrix.
+
+The scan makes compile time and program size independent of depth. A group is one turn of
+`config.pattern`; its parameters carry a leading "L".
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llama_jax import config, tree
+from llama_jax.model.block import BLOCKS
+from llama_jax.model.ffn import FFNS
+from llama_jax.model.init import normal, param
+from llama_jax.model.kernels import KERNELS
+from llama_jax.model.norm import NORMS
+from llama_jax.model.position import POSITIONS
+from llama_jax.sharding import Layout
+
+# What the backward pass finds stored; the rest is computed again (arXiv:1604.06174).
+_LINEAR = ("q", "k", "v", "attention_out", "gate", "up", "ffn_out")
+_save = jax.checkpoint_policies.save_only_these_names
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # "we save the outputs of linear layers" (arXiv:2302.13971 section 2.4)
+    "linear": _save(*_LINEAR),
+    "attention": _save("q", "k", "v", "attended"),
+}
+
+
+class Hidden(NamedTuple):
+    """Final states and the matrix that turns them into logits: `logits(hidden)`.
+
+    Kept apart so that a loss can take the vocabulary a piece at a time.
+    """
+
+    x_BTD: jax.Array
+    w_DV: jax.Array
+
+
+def logits(hidden: Hidden) -> jax.Array:
+    """float32 [B, T, V]."""
+    return jnp.einsum("BTD,DV->BTV", hidden.x_BTD, hidden.w_DV, preferred_element_type=jnp.float32)
+
+
+class Group(nn.Module):
+    """The layers of one turn of the pattern, in the form of a scan's body."""
+
+    config: config.Model
+    layout: Layout
+
+    @nn.compact
+    def __call__(self, x_BTD, turns, segments_BT):
+        for i, kind in enumerate(self.config.pattern):
+            block = BLOCKS[kind](self.config, self.layout, name=f"{kind}_{i}")
+            x_BTD = block(x_BTD, turns, segments_BT)
+        return x_BTD, None
+
+
+class Transformer(nn.Module):
+    """tokens_BT, positions_BT and segments_BT (None: one segment a row) -> Hidden."""
+
+    config: config.Model
+    layout: Layout
+
+    @nn.compact
+    def __call__(self, tokens_BT, positions_BT, segments_BT=None) -> Hidden:
+        config, act = self.config, self.layout.act
+        initialise = normal(config)
+        w_VD = param(self, "embed", "VD", initialise)
+        x_BTD = act(w_VD[tokens_BT], "BTD")
+        turns = POSITIONS[config.position](config, positions_BT)
+        body = Group
+        if config.remat != "none":
+            body = nn.remat(Group, policy=REMAT[config.remat], prevent_cse=False)
+        groups = nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=config.groups,
+            unroll=config.unroll,
+            metadata_params={nn.PARTITION_NAME: "L"},
+        )
+        x_BTD, _ = groups(config, self.layout, name="groups")(x_BTD, turns, segments_BT)
+        x_BTD = NORMS[config.norm](config, name="norm")(x_BTD)
+        if config.output == "tied":
+            return Hidden(x_BTD, jnp.einsum("VD->DV", w_VD))
+        return Hidden(x_BTD, param(self, "output", "DV", initialise))
+
+
+def build(model: config.Model, layout: Layout) -> Transformer:
+    """The module, after checking that its slots exist and that its parameters divide by the mesh."""
+    for slots, field in (
+        *((NORMS, "norm"), (POSITIONS, "position"), (FFNS, "ffn"), (KERNELS, "kernel")),
+        *((REMAT, "remat"),),
+    ):
+        config.choose(slots, getattr(model, field), f"model.{field}")
+    for kind in model.pattern:
+        config.choose(BLOCKS, kind, "model.pattern")
+    module = Transformer(model, layout)
+    shapes, labels = tree.paths(abstract(module)), tree.paths(letters(module))
+    for name, shape in shapes.items():
+        layout.check(shape.shape, labels[name], name)
+    return module
+
+
+def init(module: Transformer, key: jax.Array) -> Any:
+    """Parameters, a nested dict of float32 arrays. Call it under jit with out_shardings."""
+    return nn.unbox(_boxed(module, key))
+
+
+def abstract(module: Transformer) -> Any:
+    """The shapes of the parameters; no memory."""
+    return jax.eval_shape(lambda: init(module, jax.random.key(0)))
+
+
+def letters(module: Transformer) -> Any:
+    """The letters of each parameter, a tree of strings like "LDNH"."""
+    boxed = jax.eval_shape(lambda: _boxed(module, jax.random.key(0)))
+    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
+    return jax.tree.map(lambda box: "".join(box.names), boxed, is_leaf=is_box)
+
+
+def _boxed(module, key):
+    tokens_BT = jnp.zeros((module.layout.row_parts, 1), jnp.int32)  # the fewest rows that divide
+    return module.init(key, tokens_BT, tokens_BT)["params"]

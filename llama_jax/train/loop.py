@@ -1,0 +1,189 @@
+"""The loop: the only place of the library with time, signals and output.
+
+The device never waits for the host: step n + 1 is dispatched before the metrics of step n are fetched.
+"""
+
+import dataclasses
+import functools
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from llama_jax import config
+from llama_jax.train.metrics import Console, Row, Writer
+
+
+class Anomaly(Exception):
+    """NaN, infinity or a spike that training must not pass over."""
+
+
+class Interrupt:
+    """Turns the first SIGINT or SIGTERM into a flag; a second one acts at once."""
+
+    def __init__(self):
+        self.signal = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.signal)
+
+    def __enter__(self):
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, _):
+        self.signal = signal.Signals(number).name
+        for other, handler in self._before.items():
+            signal.signal(other, handler)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What turns tokens and seconds into the figures of a row."""
+
+    flops_per_token: float
+    peak_flops: float  # of all devices together; 0: unknown
+
+    def mfu(self, tokens_per_second: float) -> float | None:
+        return (
+            tokens_per_second * self.flops_per_token / self.peak_flops if self.peak_flops else None
+        )
+
+
+class Recorder:
+    """Fetches the metrics of a step while the next one runs, and writes a row when one is due."""
+
+    def __init__(
+        self, run: config.Run, rates: Rates, writers: list[Writer], console: Console, seconds: float
+    ):
+        self._run, self._rates, self._writers, self._console = run, rates, writers, console
+        self.seconds = seconds  # of training: evaluation and saving left out, earlier sessions in
+        self._mark = time.perf_counter()
+        self._row_seconds, self._tokens, self._waited = (
+            seconds,
+            0.0,
+            0.0,
+        )  # at and since the last row
+        self._pending: tuple[int, Any] | None = None
+
+    def next(self, batches: Iterator[Any]) -> Any:
+        start = time.perf_counter()
+        loaded = next(batches)
+        self._waited += time.perf_counter() - start
+        return loaded
+
+    def hold(self, step: int, metrics: Any) -> None:
+        self._pending = (step, metrics)
+
+    def fetch(self, evaluate: Callable[[], Row] | None = None) -> None:
+        """Wait for the step that is held; write its row if `log.every` or an evaluation asks for it.
+
+        Anomaly when its update was left out and the run must not go on.
+        """
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = {name: float(v) for name, v in jax.device_get(metrics)._asdict().items()}
+        now = time.perf_counter()
+        self.seconds += now - self._mark
+        self._mark = now
+        self._tokens += values["tokens"]
+        if values["skipped"]:
+            self._console.say(f"WARNING: {check_anomaly(self._run.train, step, values)}")
+        if evaluate or step % self._run.log.every == 0:
+            row = self._row(step, values)
+            if evaluate:
+                row |= evaluate()
+                self.pause()
+            for write in (*self._writers, self._console.write):
+                write(row)
+
+    def pause(self) -> None:
+        """Leave out the time since the last fetch."""
+        self._mark = time.perf_counter()
+
+    def _row(self, step: int, values: dict[str, float]) -> Row:
+        elapsed = max(self.seconds - self._row_seconds, 1e-9)
+        rate = self._tokens / elapsed
+        row = {
+            "step": step,
+            "loss": values["loss"],
+            "tokens": step * self._run.tokens_per_step,
+            "seconds": self.seconds,
+            "tokens_per_second": rate,
+            "mfu": self._rates.mfu(rate),
+            "grad_norm": values["grad_norm"],
+            "learning_rate": values["learning_rate"],
+            "stall": min(self._waited / elapsed, 1.0),
+            "eta_seconds": (self._run.train.steps - step)
+            * self._run.tokens_per_step
+            / max(rate, 1e-9),
+        }
+        self._row_seconds, self._tokens, self._waited = self.seconds, 0.0, 0.0
+        return row
+
+
+def run(
+    run: config.Run,
+    state: Any,
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    batches: Iterator[Any],
+    *,
+    evaluate: Callable[[Any], Row],
+    save: Callable[[int, Any, float], None],
+    recorder: Recorder,
+    interrupt: Interrupt,
+    audit: Writer | None = None,
+) -> tuple[Any, int]:
+    """Train from `state.step` to `run.train.steps`; the state and the number of finished steps.
+
+    `batches` yields what `data.iterator` yields. `evaluate(params)` gives values for a row.
+    `save(step, state, seconds)` writes a checkpoint. An interrupt ends the loop early, after a save.
+    """
+    finished = saved = int(state.step)
+    for done in range(finished + 1, run.train.steps + 1):
+        if interrupt:
+            break
+        loaded = recorder.next(batches)
+        if audit:
+            audit({"step": done, "source": loaded.sources.tolist(), "row": loaded.rows.tolist()})
+        state, metrics = step(state, loaded.batch)
+        recorder.fetch()
+        recorder.hold(done, metrics)
+        finished, last = done, done == run.train.steps
+        if last or done % run.eval.every == 0:
+            recorder.fetch(functools.partial(evaluate, state.params))
+        if last or done % run.checkpoint.every == 0:
+            recorder.fetch()
+            save(done, state, recorder.seconds)
+            recorder.pause()
+            saved = done
+    recorder.fetch()
+    if finished > saved:
+        save(finished, state, recorder.seconds)
+    return state, finished
+
+
+def check_anomaly(train: config.Train, step: int, values: dict[str, float]) -> str:
+    """What was wrong with a step whose update was left out. Anomaly if training must stop."""
+    finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+    kind = f"loss spike above train.spike_nats={train.spike_nats}" if finite else "not finite"
+    text = (
+        f"step {step}: {kind} (loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}), "
+        f"the update was left out"
+    )
+    if train.on_anomaly == "stop":
+        raise Anomaly(
+            f"{text} and training stops; start again with a lower optim.learning_rate, or with "
+            f"train.on_anomaly='skip' to leave such updates out and go on"
+        )
+    if values["skips_in_a_row"] >= train.max_skips:
+        raise Anomaly(f"{text}; that is train.max_skips={train.max_skips} in a row, training stops")
+    return text

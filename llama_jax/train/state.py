@@ -1,0 +1,62 @@
+"""What training carries from step to step, and where it lives."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from llama_jax.model import transformer
+from llama_jax.model.transformer import Transformer
+from llama_jax.sharding import Layout
+
+
+@flax.struct.dataclass
+class State:
+    """step counts finished batches; the last three serve the anomaly guard."""
+
+    step: jax.Array  # int32
+    params: Any
+    opt_state: Any
+    usual_loss: jax.Array  # float32, running mean of the loss; NaN before the first step
+    skips: jax.Array  # int32, updates left out so far
+    skips_in_a_row: jax.Array  # int32
+
+
+def abstract(module: Transformer, tx: optax.GradientTransformation) -> State:
+    """The shapes of a state; no memory."""
+    return jax.eval_shape(lambda: _make(module, tx, jax.random.key(0)))
+
+
+def shardings(module: Transformer, tx: optax.GradientTransformation, layout: Layout) -> State:
+    """The sharding of each leaf. What the optimiser keeps for each parameter lies like the parameter."""
+    of_params = jax.tree.map(layout.param, transformer.letters(module))
+    shapes = abstract(module, tx)
+    of_optimiser = optax.tree_map_params(
+        tx,
+        lambda _, sharding: sharding,
+        shapes.opt_state,
+        of_params,
+        transform_non_params=lambda _: layout.replicated,
+    )
+    replicated = jax.tree.map(lambda _: layout.replicated, shapes)
+    return replicated.replace(params=of_params, opt_state=of_optimiser)
+
+
+def init(module: Transformer, tx: optax.GradientTransformation, layout: Layout, seed: int) -> State:
+    """A fresh state, made where it will live: no device ever holds an unsharded parameter."""
+    make = jax.jit(lambda key: _make(module, tx, key), out_shardings=shardings(module, tx, layout))
+    return make(jax.random.key(seed))
+
+
+def _make(module, tx, key):
+    params = transformer.init(module, key)
+    return State(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        usual_loss=jnp.full((), jnp.nan, jnp.float32),
+        skips=jnp.zeros((), jnp.int32),
+        skips_in_a_row=jnp.zeros((), jnp.int32),
+    )

@@ -1,0 +1,47 @@
+"""Trees by path: names, counts, and a readable difference of two trees."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def paths(tree: Any) -> dict[str, Any]:
+    """{"groups/self_0/ffn/gate": leaf, ...}"""
+    return {path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def path(keys) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def count(tree: Any) -> int:
+    """The number of elements in a tree of arrays or of their shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def gib(tree: Any) -> float:
+    """The size of a tree of arrays or of their shapes, in GiB."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) / 2**30
+
+
+def map_with_path(f: Callable, tree: Any, *rest: Any) -> Any:
+    """`f(path, leaf, *other leaves)` over a tree."""
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, *leaves: f(path(keys), *leaves), tree, *rest
+    )
+
+
+def diff(old: Any, new: Any) -> list[str]:
+    """One line a leaf that one tree lacks, or whose shape or dtype differs."""
+    old, new = paths(old), paths(new)
+    lines = [f"{name}: {_show(old[name])} is gone" for name in old if name not in new]
+    lines += [f"{name}: {_show(new[name])} is new" for name in new if name not in old]
+    for name in old:
+        if name in new and _show(old[name]) != _show(new[name]):
+            lines.append(f"{name}: {_show(old[name])} -> {_show(new[name])}")
+    return lines
+
+
+def _show(leaf) -> str:
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"

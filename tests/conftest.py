@@ -1,0 +1,56 @@
+"""Eight simulated devices, few threads, no network; fixtures that many tests share."""
+
+import os
+
+# Compiling is most of the time of small tests: leave the optimiser of LLVM out.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    " --xla_llvm_disable_expensive_passes=true"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from llama_jax import config, sharding
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+# All sizes different, so that a swapped axis fails.
+MODEL = config.Model(
+    vocab_size=41,
+    dim=24,
+    layers=2,
+    heads=6,
+    kv_heads=3,
+    head_dim=4,
+    ffn_dim=20,
+    compute_dtype="float32",
+)
+
+
+@pytest.fixture
+def model():
+    return MODEL
+
+
+@pytest.fixture(scope="session")
+def layout():
+    """One device."""
+    return sharding.make(config.Mesh(), jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """A file of ../shared/data by its path; the test is skipped where it is absent."""
+
+    def find(path: str) -> Path:
+        if not (SHARED / path).exists():
+            pytest.skip(f"shared/data/{path} is not on this machine")
+        return SHARED / path
+
+    return find

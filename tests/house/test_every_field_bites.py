@@ -1,0 +1,75 @@
+"""Change each setting of the model: what is computed must change, or for the others must not.
+
+A setting that changes nothing is a defect: someone will publish an ablation of it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax import config
+from llama_jax.model import transformer
+
+BASE = config.Model(
+    vocab_size=41, dim=24, layers=2, heads=6, kv_heads=3, head_dim=4, ffn_dim=20,
+    compute_dtype="float32", rope=config.Rope(factor=4.0, original_length=16),
+)  # fmt: skip
+WHAT = {
+    "vocab_size": 43, "dim": 30, "layers": 4, "heads": 3, "kv_heads": 6, "head_dim": 6,
+    "ffn_dim": 22, "pattern": ("self", "self"), "norm": "layer", "norm_eps": 1e-3,
+    "position": "none", "ffn": "gelu", "output": "tied", "init_std": 0.03, "compute_dtype": "bfloat16",
+    "rope.theta": 100.0, "rope.factor": 2.0, "rope.low_freq_factor": 2.0,
+    "rope.high_freq_factor": 5.0, "rope.original_length": 32,
+}  # fmt: skip
+HOW = {"kernel": "reference", "remat": "full", "unroll": 2}
+
+
+def change(field, value):
+    if field.startswith("rope."):
+        rope = dataclasses.replace(BASE.rope, **{field.removeprefix("rope."): value})
+        return dataclasses.replace(BASE, rope=rope)
+    return dataclasses.replace(BASE, **{field: value})
+
+
+def outcome(model, layout):
+    """Shapes of the parameters, and logits of fixed tokens."""
+    module = transformer.build(model, layout)
+    params = transformer.init(module, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim > 2 else leaf, params)
+    tokens = jnp.asarray([[3, 1, 40, 1, 5, 9, 2, 6, 5, 3, 5]])
+    positions = jnp.arange(11)[None] * 3
+    logits = transformer.logits(module.apply({"params": params}, tokens, positions))
+    return jax.tree.map(jnp.shape, params), np.asarray(logits)
+
+
+@pytest.mark.parametrize("field", WHAT)
+def test_what_is_computed_changes(field, layout):
+    shapes, logits = outcome(BASE, layout)
+    new_shapes, new_logits = outcome(change(field, WHAT[field]), layout)
+    assert shapes != new_shapes or np.abs(logits - new_logits).max() > 1e-4 * np.abs(logits).max()
+
+
+@pytest.mark.parametrize("field", HOW)
+def test_how_it_is_computed_changes_the_program_but_not_the_numbers(field, layout):
+    shapes, logits = outcome(BASE, layout)
+    changed = change(field, HOW[field])
+    new_shapes, new_logits = outcome(changed, layout)
+    assert shapes == new_shapes
+    np.testing.assert_allclose(logits, new_logits, rtol=1e-4, atol=1e-5)
+    assert program(BASE, layout) != program(changed, layout)
+
+
+def program(model, layout):
+    module = transformer.build(model, layout)
+    tokens = jnp.zeros((1, 11), jnp.int32)
+    loss = lambda p: transformer.logits(module.apply({"params": p}, tokens, tokens)).sum()
+    return str(jax.make_jaxpr(jax.grad(loss))(transformer.abstract(module)))
+
+
+def test_every_field_is_tried():
+    fields = {f.name for f in dataclasses.fields(config.Model)} - {"rope"}
+    fields |= {f"rope.{f.name}" for f in dataclasses.fields(config.Rope)}
+    assert fields == {*WHAT, *HOW}

@@ -1,0 +1,152 @@
+"""The same numbers on one device and on eight, whatever the mesh."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax import config, sharding, tree
+from llama_jax.data.batch import Batch
+from llama_jax.model import transformer
+from llama_jax.train import loss, optim, state, step
+
+# Sizes divide by 8 and by 2, and differ.
+MODEL = config.Model(
+    vocab_size=48, dim=40, layers=2, heads=6, kv_heads=2, head_dim=4, ffn_dim=24,
+    compute_dtype="float32", init_std=0.2,
+)  # fmt: skip
+OPTIM = config.Optim(warmup_steps=0, learning_rate=1e-2)
+MESHES = [
+    config.Mesh(fsdp=8),
+    config.Mesh(data=8, fsdp=1),
+    config.Mesh(data=2, fsdp=2, tensor=2),
+    config.Mesh(fsdp=4, tensor=2),
+]
+
+
+def trained(mesh, devices, model=MODEL, microbatches=1, steps=3):
+    """Losses of a few steps and the gradient of the first, gathered."""
+    layout = sharding.make(mesh, devices)
+    module = transformer.build(model, layout)
+    tx = optim.build(OPTIM, 100, transformer.letters(module))
+    settings = config.Train(batch_size=16, microbatches=microbatches)
+    objective = loss.next_token(module, chunks=2)
+    places = state.shardings(module, tx, layout)
+    advance = jax.jit(
+        step.make_step(objective, tx, optim.schedule(OPTIM, 100), settings),
+        donate_argnums=0,
+        out_shardings=(places, layout.replicated),
+    )
+    now = state.init(module, tx, layout, seed=0)
+    batches = [batch(layout, seed) for seed in range(steps)]
+    gradient = jax.jit(
+        jax.grad(lambda p: objective(p, batches[0]).total), out_shardings=places.params
+    )
+    gradient = jax.device_get(gradient(now.params))
+    losses = []
+    for one in batches:
+        now, metrics = advance(now, one)
+        losses.append(float(metrics.loss))
+    return losses, gradient, now
+
+
+def batch(layout, seed):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, MODEL.vocab_size, (16, 9)).astype(np.int32)
+    weights = rng.integers(0, 2, (16, 8)).astype(np.float32)
+    positions = np.broadcast_to(np.arange(8, dtype=np.int32), (16, 8))
+    arrays = (tokens[:, :-1], tokens[:, 1:], weights, positions, np.ones((16, 8), np.int32))
+    return Batch(*(layout.put(array, "BT", 16) for array in arrays))
+
+
+@pytest.fixture(scope="module")
+def single():
+    return trained(config.Mesh(), jax.devices()[:1])
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize(("remat", "microbatches"), [("none", 1), ("full", 2)])
+def test_losses_and_gradients_equal_one_device(mesh, remat, microbatches, single):
+    model = dataclasses.replace(MODEL, remat=remat)
+    losses, gradient, _ = trained(mesh, jax.devices(), model, microbatches)
+    np.testing.assert_allclose(losses, single[0], rtol=1e-5)
+    for name, leaf in tree.paths(gradient).items():
+        expected = tree.paths(single[1])[name]
+        np.testing.assert_allclose(leaf, expected, atol=1e-5 * np.abs(expected).max(), err_msg=name)
+
+
+def test_parameters_are_never_whole_on_a_device():
+    _, _, now = trained(config.Mesh(fsdp=8), jax.devices(), steps=1)
+    for name, leaf in tree.paths((now.params, now.opt_state)).items():
+        if leaf.ndim:
+            assert leaf.addressable_shards[0].data.size * 8 == leaf.size, name
+
+
+def test_initial_values_do_not_depend_on_the_mesh():
+    def initial(mesh, devices):
+        layout = sharding.make(mesh, devices)
+        module = transformer.build(MODEL, layout)
+        tx = optim.build(OPTIM, 100, transformer.letters(module))
+        return jax.device_get(state.init(module, tx, layout, seed=0).params)
+
+    one = initial(config.Mesh(), jax.devices()[:1])
+    eight = initial(config.Mesh(data=2, fsdp=2, tensor=2), jax.devices())
+    for name, leaf in tree.paths(one).items():
+        np.testing.assert_array_equal(leaf, tree.paths(eight)[name], err_msg=name)
+
+
+def test_step_two_does_not_compile_again_nor_touch_the_host():
+    layout = sharding.make(config.Mesh(fsdp=8), jax.devices())
+    module = transformer.build(MODEL, layout)
+    tx = optim.build(OPTIM, 100, transformer.letters(module))
+    places = state.shardings(module, tx, layout)
+    advance = jax.jit(
+        step.make_step(
+            loss.next_token(module), tx, optim.schedule(OPTIM, 100), config.Train(batch_size=16)
+        ),
+        donate_argnums=0,
+        out_shardings=(places, layout.replicated),
+    )
+    now = state.init(module, tx, layout, seed=0)
+    first, second, third = (batch(layout, seed) for seed in range(3))
+    now, _ = advance(now, first)
+    with jax.transfer_guard("disallow"):
+        now, _ = advance(now, second)
+        now, metrics = advance(now, third)
+    assert advance._cache_size() == 1
+    assert jnp.isfinite(metrics.loss)
+
+
+def test_state_is_donated():
+    layout = sharding.make(config.Mesh(), jax.devices()[:1])
+    module = transformer.build(MODEL, layout)
+    tx = optim.build(OPTIM, 100, transformer.letters(module))
+    advance = step.make_step(
+        loss.next_token(module), tx, optim.schedule(OPTIM, 100), config.Train(batch_size=16)
+    )
+    now = state.init(module, tx, layout, seed=0)
+    compiled = jax.jit(advance, donate_argnums=0).lower(now, batch(layout, 0)).compile()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(now))
+    assert compiled.memory_analysis().alias_size_in_bytes >= size
+
+
+@pytest.mark.parametrize(
+    ("change", "mesh", "message"),
+    [
+        (dict(dim=36), config.Mesh(fsdp=8), r"model.dim=36 .* divide by 8, .*fsdp=8; nearest size that does: 32"),
+        (dict(kv_heads=3), config.Mesh(fsdp=4, tensor=2), r"attention/k: model.kv_heads=3"),
+        (dict(), config.Mesh(fsdp=3), r"needs 3 devices, but 8 are here"),
+        (dict(), config.Mesh(data=3), r"needs a multiple of 3 devices, but 8 are here"),
+    ],
+)  # fmt: skip
+def test_what_does_not_divide_raises(change, mesh, message):
+    with pytest.raises(ValueError, match=message):
+        transformer.build(dataclasses.replace(MODEL, **change), sharding.make(mesh, jax.devices()))
+
+
+def test_rows_that_do_not_divide_raise():
+    layout = sharding.make(config.Mesh(data=2, fsdp=4), jax.devices())
+    with pytest.raises(ValueError, match=r"batch: train.batch_size .*=12 .* must divide by 8"):
+        layout.check_rows(12)

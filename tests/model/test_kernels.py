@@ -1,0 +1,100 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.model import kernels, mask
+from tests import oracle
+
+B, T, N, K, H = 2, 7, 6, 3, 4
+
+
+def inputs(length=T, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(B, length, heads, H)).astype(np.float32) for heads in (N, K, K)]
+
+
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 0], [1, 2, 2, 2, 2, 3, 3]])
+
+
+@pytest.mark.parametrize("segments", [None, SEGMENTS])
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+def test_kernels_are_the_formula(kernel, segments):
+    q, k, v = inputs()
+    ours = kernels.KERNELS[kernel](q, k, v, segments)
+    for b in range(B):
+        own = np.ones(T) if segments is None else segments[b]
+        expected = oracle.attention(*(x[b].astype(np.float64) for x in (q, k, v)), own)
+        np.testing.assert_allclose(ours[b], expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("length", [kernels.BLOCK, kernels.BLOCK + 1, 2 * kernels.BLOCK + 37])
+def test_blocks_of_any_length_agree_with_the_square_forward_and_backward(length):
+    q, k, v = inputs(length)
+    segments = np.repeat([[1], [2]], length, 1)
+    segments[0, length // 2 :] = 2
+    weight = np.random.default_rng(1).normal(size=(B, length, N, H)).astype(np.float32)
+
+    def loss(kernel):
+        return lambda *qkv: jnp.sum(kernel(*qkv, segments) * weight)
+
+    expected = jax.grad(loss(kernels.reference), (0, 1, 2))(q, k, v)
+    ours = jax.grad(loss(kernels.blockwise), (0, 1, 2))(q, k, v)
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+def test_future_tokens_get_no_gradient(kernel):
+    q, k, v = (jnp.asarray(x) for x in inputs())
+    for t in range(T):
+        seen = jax.grad(lambda k, t=t: jnp.sum(kernels.KERNELS[kernel](q, k, v)[:, t]))(k)
+        assert np.abs(seen[:, t + 1 :]).max(initial=0) == 0
+        if t:
+            assert np.abs(seen[:, :t]).max() > 0
+
+
+def test_blockwise_never_makes_the_square():
+    length = 4 * kernels.BLOCK
+    shapes = [jax.ShapeDtypeStruct((1, length, heads, H), jnp.float32) for heads in (N, K, K)]
+    jaxpr = jax.make_jaxpr(jax.grad(lambda *x: kernels.blockwise(*x).sum()))(*shapes)
+    largest = max(
+        variable.aval.size
+        for equation in _equations(jaxpr.jaxpr)
+        for variable in equation.outvars
+        if variable.aval.shape
+    )
+    assert largest <= N * kernels.BLOCK * length < N * length * length
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for part in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(part, "jaxpr", part)
+                if hasattr(inner, "eqns"):
+                    yield from _equations(inner)
+
+
+def test_attention_agrees_with_a_recorded_torch_result(shared):
+    """Not causal: its mask is handed over."""
+    z = np.load(shared("numerics/cs336_inputs.npz"))
+    expected = np.load(shared("numerics/cs336/test_scaled_dot_product_attention.npz"))["array"]
+    q, k, v = (jnp.asarray(z[name])[:, :, None] for name in "qkv")
+    ours = kernels.attend(q, k, v, jnp.asarray(z["mask"]))[:, :, 0]
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_a_row_that_sees_nothing_is_finite():
+    visible = jnp.zeros((1, 2, 3), bool)
+    out = kernels.attend(
+        jnp.ones((1, 2, 1, 4)), jnp.ones((1, 3, 1, 4)), jnp.ones((1, 3, 1, 4)), visible
+    )
+    assert np.isfinite(out).all()
+
+
+def test_mask_is_causal_within_segments():
+    visible = mask.causal(2, 5, jnp.asarray([[1, 1, 2, 2, 1]]))[0]
+    expected = [[0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [1, 1, 0, 0, 1]]
+    np.testing.assert_array_equal(visible, np.array(expected, bool))

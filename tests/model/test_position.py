@@ -1,0 +1,71 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax import config
+from llama_jax.model import position
+from tests import oracle
+
+
+@pytest.mark.parametrize(
+    ("theta", "factor"), [(10_000.0, 1.0), (500_000.0, 8.0), (500_000.0, 32.0)]
+)
+def test_frequencies_follow_metas_rule(theta, factor):
+    rope = config.Rope(theta=theta, factor=factor)
+    expected = oracle.llama3_frequencies(128, theta, factor, 1.0, 4.0, 8192)
+    np.testing.assert_allclose(position.frequencies(128, rope), expected, rtol=1e-12)
+
+
+def test_factor_32_differs_from_8_for_long_waves_only():
+    eight, thirty_two = (
+        position.frequencies(64, config.Rope(theta=5e5, factor=f)) for f in (8.0, 32.0)
+    )
+    assert eight[0] == thirty_two[0]
+    assert eight[-1] / thirty_two[-1] == pytest.approx(4)
+
+
+# float32 rounds an angle of 131,071 radians to 1/128.
+@pytest.mark.parametrize(
+    ("start", "atol"), [(0, 1e-5), (8_190, 6e-4), (80_000, 5e-3), (131_065, 1e-2)]
+)
+def test_rotation_is_complex_multiplication_at_any_position(start, atol):
+    model = config.Model(head_dim=16, rope=config.Rope(theta=5e5, factor=32.0))
+    x = np.random.default_rng(0).normal(size=(2, 7, 3, 16))
+    positions = np.stack([np.arange(start, start + 7), np.arange(7)])
+    turns = position.rope(model, jnp.asarray(positions))
+    ours = position.rotate(jnp.asarray(x, jnp.float32), turns)
+    frequencies = oracle.llama3_frequencies(16, 5e5, 32.0, 1.0, 4.0, 8192)
+    for b in range(2):
+        for t in range(7):
+            for n in range(3):
+                expected = oracle.rotate(x[b, t, n], positions[b, t], frequencies)
+                np.testing.assert_allclose(ours[b, t, n], expected, atol=atol)
+
+
+def test_scores_depend_on_distance_alone():
+    model = config.Model(head_dim=16)
+    q, k = np.random.default_rng(1).normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
+
+    def score(at_q, at_k):
+        turn = lambda x, p: position.rotate(x, position.rope(model, jnp.full((1, 1), p)))
+        return float(jnp.sum(turn(q, at_q) * turn(k, at_k)))
+
+    assert score(5, 2) == pytest.approx(score(105, 102), abs=1e-4)
+    assert abs(score(5, 2) - score(5, 3)) > 1e-2
+
+
+def test_rotation_agrees_with_a_recorded_torch_result(shared):
+    """An interleaved implementation: its pairs (2i, 2i + 1) are our (i, i + H/2)."""
+    x = np.load(shared("numerics/cs336_inputs.npz"))["in_embeddings"]
+    expected = np.load(shared("numerics/cs336/test_rope.npz"))["array"]
+    H = x.shape[-1]
+    order = np.concatenate([np.arange(0, H, 2), np.arange(1, H, 2)])
+    model = config.Model(head_dim=H, rope=config.Rope(theta=10_000.0))
+    turns = position.rope(model, jnp.arange(x.shape[1])[None].repeat(x.shape[0], 0))
+    ours = position.rotate(jnp.asarray(x[..., order])[:, :, None], turns)[:, :, 0]
+    np.testing.assert_allclose(ours, expected[..., order], atol=1e-5)
+
+
+def test_no_position_leaves_queries_alone():
+    x = jnp.arange(24.0).reshape(1, 2, 3, 4)
+    assert position.rotate(x, position.none(config.Model(), jnp.zeros((1, 2)))) is x
