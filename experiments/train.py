@@ -40,6 +40,7 @@ SAMPLE_PROMPT, SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 24, 64, 0.8
 
 
 def main() -> int:
+    cli.tune_for_cpu()
     run = cli.frozen(CONFIG)
     workdir = Path(WORKDIR.value).expanduser().absolute()
     claim(workdir, run)
@@ -175,7 +176,7 @@ def validation(evaluate, run, prepared, layout, params, *, interrupt) -> dict[st
     """Loss on held-out rows, nats a token and bits a byte; nothing if interrupted."""
     total = None
     for batch in iterator.validation(run, prepared, layout):
-        if interrupt:
+        if interrupt.signal:
             return {}
         sums = evaluate(params, batch)
         total = sums if total is None else jax.tree.map(jax.numpy.add, total, sums)

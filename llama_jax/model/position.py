@@ -47,10 +47,11 @@ def rotate(x_BTNH: jax.Array, turns: tuple[jax.Array, jax.Array] | None) -> jax.
     """Rotate query or key pairs by position (RoPE, arXiv:2104.09864 eq. 34), in float32."""
     if turns is None:
         return x_BTNH
-    cos_BT1h, sin_BT1h = (t[:, :, None, :] for t in turns)
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    rotated = (first * cos_BT1h - second * sin_BT1h, second * cos_BT1h + first * sin_BT1h)
-    return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
+    cos, sin = (t[:, :, None, None, :] for t in turns)
+    pairs = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], 2, -1)
+    signed_sin = jnp.concatenate([-sin, sin], axis=-2)
+    rotated = pairs * cos + jnp.flip(pairs, axis=-2) * signed_sin
+    return rotated.reshape(x_BTNH.shape).astype(x_BTNH.dtype)
 
 
 POSITIONS = {"rope": rope, "none": none}

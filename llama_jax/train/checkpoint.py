@@ -82,25 +82,26 @@ class Checkpoints:
     def latest(self, target: Any, report=print) -> Restored | None:
         """The newest readable checkpoint in the shapes and shardings of `target`; None if there is none.
 
-        Unreadable ones are renamed to `<step>.unreadable` and reported. RuntimeError when there were
-        checkpoints and none is readable: starting afresh would overwrite them.
+        Newer ones that could not be read are renamed to `<step>.unreadable` and reported. RuntimeError
+        when there were checkpoints and none is readable: starting afresh would overwrite them.
         """
-        steps = self.steps()
-        for step in reversed(steps):
+        failures: dict[int, str] = {}
+        for step in reversed(self.steps()):
             try:
-                return self._restore(step, target)
+                restored = self._restore(step, target)
             except Exception as error:  # Orbax and TensorStore raise a dozen kinds
-                report(
-                    f"WARNING: checkpoint {step} is unreadable and is set aside, "
-                    f"trying the one before: {_first_line(error)}"
-                )
-                aside = self.folder / f"{step}.unreadable"
-                (self.folder / str(step)).rename(aside)
-                self._manager.reload()
-        if steps:
+                failures[step] = _first_line(error)
+                report(f"WARNING: checkpoint {step} is unreadable ({failures[step]})")
+                continue
+            for bad in failures:
+                (self.folder / str(bad)).rename(self.folder / f"{bad}.unreadable")
+                report(f"WARNING: checkpoint {bad} is set aside; going on from step {step}")
+            self._manager.reload()
+            return restored
+        if failures:
             raise RuntimeError(
-                f"none of the checkpoints {steps} in {self.folder} is readable; they were renamed "
-                f"*.unreadable: mend them, or train in another --workdir"
+                f"none of the checkpoints {sorted(failures)} in {self.folder} is readable; "
+                f"mend them, or train in another --workdir"
             )
         return None
 
@@ -137,4 +138,6 @@ def checksums(state: Any) -> dict[str, int]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """Of TensorStore's long lines the end, where the system's reason is."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) < 160 else f"... {line[-160:]}"

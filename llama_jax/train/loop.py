@@ -22,13 +22,10 @@ class Anomaly(Exception):
 
 
 class Interrupt:
-    """Turns the first SIGINT or SIGTERM into a flag; a second one acts at once."""
+    """Notes the name of the first SIGINT or SIGTERM in `signal`; a second one acts at once."""
 
     def __init__(self):
         self.signal = ""
-
-    def __bool__(self) -> bool:
-        return bool(self.signal)
 
     def __enter__(self):
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -149,7 +146,7 @@ def run(
     """
     finished = saved = int(state.step)
     for done in range(finished + 1, run.train.steps + 1):
-        if interrupt:
+        if interrupt.signal:
             break
         loaded = recorder.next(batches)
         if audit:

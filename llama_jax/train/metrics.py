@@ -1,5 +1,6 @@
 """Where the numbers of a run go: metrics.jsonl, TensorBoard, Weights and Biases, the console."""
 
+import atexit
 import json
 import sys
 from collections.abc import Callable
@@ -34,13 +35,13 @@ def read(path: Path) -> list[Row]:
 def tensorboard(folder: Path, after_step: int) -> Writer:
     from tensorboardX import SummaryWriter
 
-    writer = SummaryWriter(str(folder), purge_step=after_step + 1)
+    writer = SummaryWriter(str(folder), purge_step=after_step + 1, flush_secs=10)
+    atexit.register(writer.close)  # its thread is a daemon and would take the last rows along
 
     def write(row: Row) -> None:
         for name, value in row.items():
             if name != "step" and isinstance(value, (int, float)):
                 writer.add_scalar(name, value, row["step"])
-        writer.flush()
 
     return write
 

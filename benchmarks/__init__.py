@@ -1,0 +1,1 @@
+"""Measured comparisons: `make bench`. Both sides of a row run in turns, each in a process of its own."""

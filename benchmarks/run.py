@@ -1,0 +1,174 @@
+"""`make bench`: measure, then write docs/benchmarks.md and benchmarks/results.json.
+
+Sides of a comparison run in turns, each in a process of its own, so that a drift of the machine meets both;
+figures are medians over the rounds, the spread is (largest - smallest) / median.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ROUNDS = 3
+MATMUL = """
+import time, sys
+n = 2048
+if sys.argv[1] == "jax":
+    import jax
+    x = jax.random.normal(jax.random.key(0), (n, n)); f = jax.jit(lambda x: x @ x)
+    run = lambda: f(x).block_until_ready()
+else:
+    import torch
+    torch.set_num_threads(2); x = torch.randn(n, n); run = lambda: x @ x
+run(); best = 1e9
+for _ in range(20):
+    start = time.perf_counter(); run(); best = min(best, time.perf_counter() - start)
+print(2 * n**3 / best / 1e9)
+"""
+# Of the W1 network (benchmarks/w1.py), by analysis.flops: FLOPs of a token.
+W1_FLOPS_PER_TOKEN = 6 * (8 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1408) + 512 * 32_000) + (
+    6 * 8 * 8 * 64 * 512
+)
+
+
+def main() -> None:
+    rows = [*train_step(), *startup(), *data()]
+    (ROOT / "benchmarks" / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (ROOT / "docs" / "benchmarks.md").write_text(page(rows))
+    print(f"wrote {ROOT / 'docs/benchmarks.md'} and {ROOT / 'benchmarks/results.json'}")
+
+
+def train_step() -> list[dict]:
+    sides = {name: [] for name in ("ours", "transformers", "tunix")}
+    for round_ in range(ROUNDS):
+        for name, results in sides.items():
+            say(f"W1 round {round_ + 1} of {ROUNDS}: {name}")
+            results.append(json.loads(python("-m", "benchmarks.w1", name)))
+    rates = {
+        name: [statistics.median(r["tokens_per_second"]) for r in results]
+        for name, results in sides.items()
+    }
+    memory = {name: [r["peak_gib"] for r in results] for name, results in sides.items()}
+    matmul = {
+        side: [float(python("-c", MATMUL, side)) for _ in range(ROUNDS)]
+        for side in ("jax", "torch")
+    }
+    achieved = [rate * W1_FLOPS_PER_TOKEN / 1e9 for rate in rates["ours"]]
+    return [
+        row("W1 train step, beside transformers", rates["ours"], rates["transformers"], "tokens/s"),
+        row("W1 train step, beside Tunix", rates["ours"], rates["tunix"], "tokens/s"),
+        row("W1 peak memory, beside transformers", memory["ours"], memory["transformers"], "GiB"),
+        row("W1 peak memory, beside Tunix", memory["ours"], memory["tunix"], "GiB"),
+        row("W1 model FLOPs, beside JAX's matmul of 2048", achieved, matmul["jax"], "GFLOP/s"),
+        row("matmul of 2048, JAX beside torch", matmul["jax"], matmul["torch"], "GFLOP/s"),
+    ]
+
+
+def startup() -> list[dict]:
+    """Process start to the first finished step; text tokenised and program compiled before."""
+    ours, theirs = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for round_ in range(ROUNDS + 1):
+            say(f"W2 round {round_} of {ROUNDS} (0: warming the caches)")
+            workdir = Path(folder) / str(round_)
+            command = [
+                *("-m", "experiments.train", "--config=configs/research_300k.py"),
+                *(f"--workdir={workdir}", f"--config.data.cache={folder}/cache"),
+                *("--config.log.every=1", "--config.log.tensorboard=off"),
+            ]
+            ours.append(until(command, "step 1/"))
+            theirs.append(until(["-m", "benchmarks.startup"], "first step finished"))
+    return [row("W2 start to first step, beside transformers", ours[1:], theirs[1:], "s")]
+
+
+def data() -> list[dict]:
+    with tempfile.TemporaryDirectory() as cache:
+        found = []
+        for round_ in range(ROUNDS):
+            say(f"W3 round {round_ + 1} of {ROUNDS}")
+            found.append(json.loads(python("-m", "benchmarks.data", f"--cache={cache}")))
+    unit = {"loader_rows_per_second": "rows/s"}
+    return [
+        row(f"W3 {name.removesuffix('_per_second').replace('_', ' ')}", [f[name] for f in found], [],
+            unit.get(name, "MB/s a core"))
+        for name in found[0]
+    ]  # fmt: skip
+
+
+def row(name: str, ours: list[float], peer: list[float], unit: str) -> dict:
+    spread = (max(ours) - min(ours)) / statistics.median(ours)
+    found = {"name": name, "ours": statistics.median(ours), "peer": None, "ratio": None}
+    if peer:
+        found["peer"] = statistics.median(peer)
+        found["ratio"] = statistics.median(a / b for a, b in zip(ours, peer, strict=True))
+    return {**found, "unit": unit, "spread": spread, "rounds": [ours, peer]}
+
+
+def page(rows: list[dict]) -> str:
+    number = lambda value: (
+        "" if value is None else f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+    )
+    table = "".join(
+        f"| {r['name']} | {number(r['ours'])} | {number(r['peer'])} | {number(r['ratio'])} "
+        f"| {r['unit']} | {r['spread']:.0%} |\n"
+        for r in rows
+    )
+    packages = ("jax", "flax", "torch", "transformers", "google-tunix")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
+    return (
+        "# Benchmarks\n\nWritten by `make bench`. Sides of a row ran in turns, each in its own process; "
+        f"medians of {ROUNDS} rounds, ratio = median of the rounds' ratios, spread = (largest - smallest) / "
+        f"median of ours.\n\n{os.cpu_count()} CPU cores ({platform.machine()}), Python "
+        f"{platform.python_version()}, {versions}.\n\n"
+        "| | ours | peer | ratio | unit | spread |\n|---|---|---|---|---|---|\n"
+        f"{table}\nW1: width 512, 8 layers, 8 heads, 4 key heads, ffn 1408, vocabulary 32000; 8 rows of 512 "
+        "tokens; float32, AdamW with clipping, nothing recomputed by policy, `model.unroll=8`, "
+        "`train.loss_chunks=4`. For seconds and GiB less is better. W2: the smallest research size, text and "
+        "compiled program cached. W3: rows of 256 tokens as they reach the device; tokenizers on 4 MB of "
+        "Python's standard library.\n"
+    )
+
+
+def python(*args: str) -> str:
+    """The last line that a Python process prints."""
+    done = subprocess.run(
+        [sys.executable, *args], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    if done.returncode:
+        sys.exit(f"{' '.join(args)} failed:\n{done.stderr[-3000:]}")
+    return done.stdout.strip().splitlines()[-1]
+
+
+def until(args: list[str], text: str) -> float:
+    """Seconds from starting Python to the line that begins with `text`; the process is then ended."""
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, *args], cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    with process:
+        for line in process.stdout:
+            if line.startswith(text):
+                seconds = time.perf_counter() - start
+                process.kill()
+                return seconds
+    sys.exit(f"{' '.join(args)} ended without {text!r}")
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Documentation runs: every command of README.md, shortened, and every path that the documents name."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.experiments import helpers
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+SHORT = ["--config.train.steps=3", "--config.optim.warmup_steps=1", "--config.eval.rows=8"]
+
+
+def commands() -> list[list[str]]:
+    """`python -m experiments...` lines of the README's shell blocks, continuations joined."""
+    found = []
+    for block in re.findall(r"```sh\n(.*?)```", README, re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            if "python -m experiments." in line:
+                words = shlex.split(line.split("#")[0].strip().removesuffix("&"))
+                found.append(words[words.index("-m") + 1 :])
+    return found
+
+
+def test_there_are_commands():
+    assert len(commands()) >= 5
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """One cache, so that the standard library is tokenised once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_a_command_of_the_readme_runs(words, tmp_path, cache):
+    module, *flags = words
+    flags = [re.sub(r"=/tmp/", f"={tmp_path}/", flag) for flag in flags]
+    if any("books/" in flag for flag in flags):
+        (tmp_path / "books").mkdir()
+        for i in range(3):
+            helpers.text(tmp_path / "books" / f"{i}.txt", 9000 + i)
+        flags = [flag.replace("books/", f"{tmp_path}/books/") for flag in flags]
+        flags.append("--config.model.vocab_size=270")
+    flags += [f"--config.data.cache={cache}"]
+    flags += SHORT if module == "experiments.train" else []
+    done = helpers.run(module.removeprefix("experiments."), *flags)
+    assert done.returncode == 0, done.stderr
+    assert "written to" in done.stdout or "wrote" in done.stdout
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "LOG.md"])
+def test_links_and_pages_that_are_named_exist(document):
+    text = (ROOT / document).read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert ((ROOT / document).parent / target).exists(), target
+    for page in re.findall(r"configs/[\w/]+\.py", text):
+        assert (ROOT / page).exists(), page
+
+
+def test_the_table_of_pages_is_complete():
+    stems = {p.stem for p in (ROOT / "configs").glob("*.py")} - {
+        "__init__",
+        "base",
+        "mixtures",
+        "sizes",
+    }
+    listed = set(re.findall(r"`(\w+)`", README.split("| page |")[1].split("\n\n")[0]))
+    listed |= {"research" + name for name in listed if name.startswith("_")}
+    assert stems <= listed
+
+
+def test_the_architecture_lists_every_room():
+    text = (ROOT / "docs/architecture.md").read_text()
+    for path in (ROOT / "llama_jax").rglob("*.py"):
+        if path.stem != "__init__":
+            assert re.search(rf"\b{path.stem}\b", text), path

@@ -1,0 +1,98 @@
+import dataclasses
+import json
+
+import pytest
+
+from llama_jax import config
+from llama_jax.config import Data, Mesh, Model, Optim, Rope, Run, Source, Tokenizer, Train
+
+
+def test_editing_form_and_back():
+    run = Run()
+    edited = config.edit(run)
+    assert config.freeze(edited) == run
+    edited.model.layers = 2
+    edited.data.sources.corpus.weight = 3.0
+    changed = config.freeze(edited)
+    assert changed.model.layers == 2
+    assert changed.data.sources[0].weight == 3.0
+    assert config.diff(run, changed) == [
+        "model.layers: 32 -> 2",
+        "data.sources.corpus.weight: 1.0 -> 3.0",
+    ]
+
+
+def test_json_and_back():
+    run = Run(model=Model(pattern=("self", "self")), data=Data(sources=(Source("b"), Source("a"))))
+    back = config.from_dict(json.loads(json.dumps(config.to_dict(run))))
+    assert back.model == run.model
+    assert {s.name for s in back.data.sources} == {"a", "b"}
+    assert hash(back) == hash(config.from_dict(config.to_dict(run)))
+
+
+def test_the_editing_form_is_locked():
+    with pytest.raises(AttributeError, match="dmi"):
+        config.edit(Run()).model.dmi = 3
+
+
+def test_how_a_run_is_carried_out_may_change():
+    old = Run()
+    new = dataclasses.replace(
+        old, mesh=Mesh(fsdp=4), model=dataclasses.replace(old.model, remat="full")
+    )
+    assert config.diff(old, new) == ["model.remat: none -> full", "mesh.fsdp: -1 -> 4"]
+    assert config.diff(old, new, essential=True) == []
+    new = dataclasses.replace(old, optim=Optim(learning_rate=1e-4))
+    assert config.diff(old, new, essential=True) == ["optim.learning_rate: 0.0003 -> 0.0001"]
+
+
+def test_names_of_the_how_exist():
+    fields = config.flatten(Run())
+    for name in config.HOW:
+        assert any(field.startswith(name) for field in fields), name
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Model(kv_heads=3), r"model.kv_heads=3 must divide model.heads=32; try 1, 2, 4, 8, 16 or 32"),
+        (lambda: Model(head_dim=5), r"model.head_dim=5 must be even.*try 6"),
+        (lambda: Model(dim=0), r"model.dim=0 must be positive"),
+        (lambda: Model(layers=5, pattern=("self", "self")), r"len\(model.pattern\)=2 must divide model.layers=5"),
+        (lambda: Model(unroll=5), r"model.unroll=5 must divide the number of layer groups=32"),
+        (lambda: Model(pattern=()), r"model.pattern=\(\) must name"),
+        (lambda: Model(compute_dtype="bf16"), r"model.compute_dtype='bf16'.*nearest: 'bfloat16'"),
+        (lambda: Model(output="tide"), r"model.output='tide'.*nearest: 'tied'"),
+        (lambda: Rope(original_length=4096), r"original_length=4096 has no effect while model.rope.factor=1.0"),
+        (lambda: Rope(factor=8.0, low_freq_factor=4.0), r"high_freq_factor=4.0 must exceed"),
+        (lambda: Tokenizer("byte", "x"), r"tokenizer.path='x' has no effect on kind 'byte'"),
+        (lambda: Tokenizer("bpe"), r"tokenizer.path='' must name the ranks"),
+        (lambda: Source("a", "stdlib", "x"), r"data.sources.a.path='x' has no effect on kind 'stdlib'"),
+        (lambda: Source("a", "files"), r"data.sources.a.path='' must be set for kind 'files'"),
+        (lambda: Source("a", weight=0.0), r"data.sources.a.weight=0.0 must be positive"),
+        (lambda: Data(sources=()), r"data.sources is empty"),
+        (lambda: Data(sources=(Source(), Source())), r"must have different names"),
+        (lambda: Data(validation_fraction=1.0), r"validation_fraction=1.0 must lie between 0 and 1"),
+        (lambda: Data(packing="best"), r"data.packing='best'.*nearest: 'best_fit'"),
+        (lambda: Optim(beta2=1.5), r"optim.beta2=1.5 must lie between 0 and 1"),
+        (lambda: Train(batch_size=10, microbatches=3), r"train.microbatches=3 must divide train.batch_size=10"),
+        (lambda: Train(on_anomaly="skp"), r"train.on_anomaly='skp'.*nearest: 'skip'"),
+        (lambda: Mesh(data=-1, fsdp=-1), r"may leave one axis to be filled"),
+        (lambda: Mesh(tensor=0), r"must be positive, or -1"),
+        (lambda: Run(train=Train(steps=10)), r"optim.warmup_steps=2000 must be below train.steps=10"),
+        (lambda: Run(train=Train(loss_chunks=3)), r"train.loss_chunks=3 must divide data.seq_len=2048"),
+        (lambda: config.from_dict({"model": {"dmi": 3}}), r"model.dmi is not a setting; nearest: model.dim"),
+        (lambda: config.from_dict({"model": {"dim": "a"}}), r"model.dim='a' must be int, not str"),
+        (lambda: config.from_dict({"model": {"pattern": "self"}}), r"model.pattern='self' must be a tuple"),
+        (lambda: config.from_dict({"model": 3}), r"model=3 must be a group of settings"),
+        (lambda: config.from_dict({"data": {"sources": [1]}}), r"data.sources=\[1\] must be a dict of name"),
+    ],
+)  # fmt: skip
+def test_rules(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_no_default_is_none():
+    """The command line cannot override a None."""
+    assert None not in config.flatten(Run()).values()

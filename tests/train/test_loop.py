@@ -1,0 +1,200 @@
+import os
+import signal
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax import config
+from llama_jax.train import loop
+from llama_jax.train.step import Metrics
+
+
+class Loaded(NamedTuple):
+    batch: int
+    sources: np.ndarray
+    rows: np.ndarray
+
+
+class State(NamedTuple):
+    step: int
+    params: str = "params"
+
+
+class Console:
+    def __init__(self):
+        self.rows, self.said = [], []
+
+    def write(self, row):
+        self.rows.append(row)
+
+    def say(self, text):
+        self.said.append(text)
+
+
+def a_run(steps=10, log=1, evaluation=100, save=100, **train):
+    return config.Run(
+        model=config.Model(),
+        data=config.Data(seq_len=8),
+        optim=config.Optim(warmup_steps=0),
+        train=config.Train(steps=steps, batch_size=4, **train),
+        eval=config.Eval(every=evaluation),
+        checkpoint=config.Checkpoint(every=save),
+        log=config.Log(every=log),
+    )
+
+
+def play(run, first=0, step=None, interrupt=None, rates=None):
+    """The loop with everything around it replaced by lists."""
+    console, saves, evaluations, audit = Console(), [], [], []
+    batches = (Loaded(n, np.array([0, 1]), np.array([n, n])) for n in range(first, 1000))
+
+    def plain(state, batch):
+        assert batch == state.step, "batch n belongs to step n"
+        return State(state.step + 1), metrics(loss=10.0 - state.step)
+
+    recorder = loop.Recorder(run, rates or loop.Rates(100.0, 0.0), [], console, 0.0)
+    result = loop.run(
+        run, State(first), step or plain, batches,
+        evaluate=lambda params: evaluations.append(params) or {"validation_loss": 1.5},
+        save=lambda done, state, seconds: saves.append((done, state.step)),
+        recorder=recorder, interrupt=interrupt or loop.Interrupt(), audit=audit.append,
+    )  # fmt: skip
+    return result, console, saves, evaluations, audit
+
+
+def metrics(loss=1.0, skipped=0.0, in_a_row=0.0, norm=2.0):
+    return Metrics(*map(jnp.float32, (loss, 32, norm, 0.1, skipped, in_a_row)))
+
+
+def test_each_step_is_recorded_once_in_order():
+    (_, done), console, *_ = play(a_run())
+    assert done == 10
+    assert [row["step"] for row in console.rows] == list(range(1, 11))
+    assert [row["loss"] for row in console.rows] == [10.0 - n for n in range(10)]
+    assert [row["tokens"] for row in console.rows] == [32 * n for n in range(1, 11)]
+
+
+def test_metrics_of_a_step_are_fetched_after_the_next_is_dispatched():
+    events = []
+
+    class Watched:
+        def __init__(self, n):
+            self.n = n
+
+        def __float__(self):
+            events.append(("fetch", self.n))
+            return 0.0
+
+    def step(state, batch):
+        events.append(("step", state.step + 1))
+        values = dict.fromkeys(Metrics._fields, 0.0)
+        return State(state.step + 1), Metrics(**{**values, "loss": Watched(state.step + 1)})
+
+    play(a_run(steps=3), step=step)
+    assert events == [
+        ("step", 1), ("step", 2), ("fetch", 1), ("step", 3), ("fetch", 2), ("fetch", 3),
+    ]  # fmt: skip
+
+
+def test_cadences_and_the_last_step():
+    _, console, saves, evaluations, audit = play(a_run(steps=10, log=3, evaluation=4, save=5))
+    assert [row["step"] for row in console.rows] == [3, 4, 6, 8, 9, 10]
+    assert [row["step"] for row in console.rows if "validation_loss" in row] == [4, 8, 10]
+    assert saves == [(5, 5), (10, 10)]
+    assert len(evaluations) == 3
+    assert audit[3] == {"step": 4, "source": [0, 1], "row": [3, 3]}
+
+
+def test_resuming_continues_the_count():
+    (_, done), console, saves, _, audit = play(a_run(steps=10), first=7)
+    assert [row["step"] for row in console.rows] == [8, 9, 10]
+    assert (done, saves, audit[0]["step"]) == (10, [(10, 10)], 8)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_finished_step_and_ends(number):
+    before = signal.getsignal(number)
+
+    def step(state, batch):
+        if state.step == 3:
+            os.kill(os.getpid(), number)
+        return State(state.step + 1), metrics()
+
+    with loop.Interrupt() as interrupt:
+        (_, done), console, saves, *_ = play(a_run(), step=step, interrupt=interrupt)
+    assert interrupt.signal == signal.Signals(number).name
+    assert (done, saves) == (4, [(4, 4)])
+    assert [row["step"] for row in console.rows] == [1, 2, 3, 4]
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_acts_at_once():
+    with loop.Interrupt() as interrupt, pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.signal == "SIGINT"
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def faulty(kind):
+    def step(state, batch):
+        bad = state.step in (4, 5)
+        values = {"nan": dict(loss=float("nan")), "spike": dict(loss=99.0)}[kind]
+        result = metrics(skipped=1, in_a_row=state.step - 3, **values) if bad else metrics()
+        return State(state.step + 1), result
+
+    return step
+
+
+def test_an_anomaly_stops_and_nothing_is_saved_after_it():
+    with pytest.raises(loop.Anomaly, match=r"step 5: not finite \(loss nan.*on_anomaly='skip'"):
+        play(a_run(), step=faulty("nan"))
+
+
+def test_a_spike_is_called_one():
+    run = a_run(spike_nats=2.0)
+    with pytest.raises(
+        loop.Anomaly, match=r"step 5: loss spike above train.spike_nats=2.0 \(loss 99"
+    ):
+        play(run, step=faulty("spike"))
+
+
+def test_skipping_reports_every_time_and_goes_on():
+    (_, done), console, *_ = play(a_run(on_anomaly="skip"), step=faulty("nan"))
+    assert done == 10
+    assert [text.split(":")[1].strip() for text in console.said] == ["step 5", "step 6"]
+
+
+def test_too_many_skips_in_a_row_stop():
+    with pytest.raises(loop.Anomaly, match=r"step 6.*train.max_skips=2 in a row"):
+        play(a_run(on_anomaly="skip", max_skips=2), step=faulty("nan"))
+
+
+def test_rates_and_stall_are_of_the_time_between_rows(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+
+    class Slow:
+        def __next__(self):
+            now[0] += 0.5
+            return Loaded(0, np.zeros(2, int), np.zeros(2, int))
+
+    def step(state, batch):
+        now[0] += 1.5
+        return State(state.step + 1), metrics()
+
+    run, console = a_run(steps=4, log=2), Console()
+    recorder = loop.Recorder(run, loop.Rates(100.0, 3200.0), [], console, 10.0)
+    loop.run(
+        run, State(0), step, Slow(), evaluate=lambda _: {}, save=lambda *_: None,
+        recorder=recorder, interrupt=loop.Interrupt(),
+    )  # fmt: skip
+    last = console.rows[-1]
+    assert last["seconds"] == pytest.approx(10 + 4 * 2)
+    assert recorder.seconds == pytest.approx(18)
+    # Step 2 is fetched when step 3 has been dispatched: 3 laps, then 1.
+    assert console.rows[0]["tokens_per_second"] == pytest.approx(64 / 6)
+    assert last["tokens_per_second"] == pytest.approx(64 / 2)
+    assert last["mfu"] == pytest.approx(32 * 100 / 3200)
+    assert console.rows[0]["stall"] == pytest.approx(1.5 / 6)
