@@ -112,9 +112,9 @@ def row(name: str, ours: list[float], peer: list[float], unit: str) -> dict:
 
 
 def page(rows: list[dict]) -> str:
-    number = lambda value: (
-        "" if value is None else f"{value:.3g}" if value < 100 else f"{value:,.0f}"
-    )
+    def number(value):
+        return "" if value is None else f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
     table = "".join(
         f"| {r['name']} | {number(r['ours'])} | {number(r['peer'])} | {number(r['ratio'])} "
         f"| {r['unit']} | {r['spread']:.0%} |\n"
