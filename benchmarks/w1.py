@@ -104,8 +104,7 @@ def tunix():
 
     settings = llama3.ModelConfig(
         num_layers=8, vocab_size=V, embed_dim=512, hidden_dim=1408, num_heads=8, head_dim=64,
-        num_kv_heads=4, rope_theta=10_000, norm_eps=1e-5, weight_tying=False, dtype=jnp.float32,
-        param_dtype=jnp.float32,
+        num_kv_heads=4, rope_theta=10_000, norm_eps=1e-5, weight_tying=False,
     )  # fmt: skip
     model = llama3.Llama3(settings, rngs=nnx.Rngs(0))
     mask = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731

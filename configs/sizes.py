@@ -15,29 +15,34 @@ def _model(dim, layers, heads, kv_heads, ffn_dim, **rest) -> Model:
     return Model(dim=dim, layers=layers, heads=heads, kv_heads=kv_heads, ffn_dim=ffn_dim, **rest)
 
 
+def _published(*sizes, **rest) -> Model:
+    """Layers recomputed in the backward pass: what lets the large ones fit."""
+    return _model(*sizes, remat="full", **rest)
+
+
 # LLaMA 1: eps 1e-6, but 1e-5 for 65B.
-LLAMA_7B = _model(4096, 32, 32, 32, 11_008)
-LLAMA_13B = _model(5120, 40, 40, 40, 13_824)
-LLAMA_33B = _model(6656, 60, 52, 52, 17_920)
-LLAMA_65B = _model(8192, 80, 64, 64, 22_016, norm_eps=1e-5)
+LLAMA_7B = _published(4096, 32, 32, 32, 11_008)
+LLAMA_13B = _published(5120, 40, 40, 40, 13_824)
+LLAMA_33B = _published(6656, 60, 52, 52, 17_920)
+LLAMA_65B = _published(8192, 80, 64, 64, 22_016, norm_eps=1e-5)
 
 LLAMA2_7B = dataclasses.replace(LLAMA_7B, norm_eps=1e-5)
 LLAMA2_13B = dataclasses.replace(LLAMA_13B, norm_eps=1e-5)
-LLAMA2_70B = _model(8192, 80, 64, 8, 28_672, norm_eps=1e-5)
+LLAMA2_70B = _published(8192, 80, 64, 8, 28_672, norm_eps=1e-5)
 
 _LLAMA3 = dict(vocab_size=128_256, norm_eps=1e-5, rope=Rope(theta=500_000.0))
-LLAMA3_8B = _model(4096, 32, 32, 8, 14_336, **_LLAMA3)
-LLAMA3_70B = _model(8192, 80, 64, 8, 28_672, **_LLAMA3)
+LLAMA3_8B = _published(4096, 32, 32, 8, 14_336, **_LLAMA3)
+LLAMA3_70B = _published(8192, 80, 64, 8, 28_672, **_LLAMA3)
 
 _LLAMA31 = {**_LLAMA3, "rope": Rope(theta=500_000.0, factor=8.0)}
-LLAMA31_8B = _model(4096, 32, 32, 8, 14_336, **_LLAMA31)
-LLAMA31_70B = _model(8192, 80, 64, 8, 28_672, **_LLAMA31)
-LLAMA31_405B = _model(16_384, 126, 128, 8, 53_248, **_LLAMA31)
+LLAMA31_8B = _published(4096, 32, 32, 8, 14_336, **_LLAMA31)
+LLAMA31_70B = _published(8192, 80, 64, 8, 28_672, **_LLAMA31)
+LLAMA31_405B = _published(16_384, 126, 128, 8, 53_248, **_LLAMA31)
 
 # 32, not 8: with 8 the text falls apart past 80k tokens (meta-llama/llama-models issue 241).
 _LLAMA32 = {**_LLAMA3, "rope": Rope(theta=500_000.0, factor=32.0), "output": "tied"}
-LLAMA32_1B = _model(2048, 16, 32, 8, 8192, **_LLAMA32)
-LLAMA32_3B = _model(3072, 28, 24, 8, 8192, **_LLAMA32)
+LLAMA32_1B = _published(2048, 16, 32, 8, 8192, **_LLAMA32)
+LLAMA32_3B = _published(3072, 28, 24, 8, 8192, **_LLAMA32)
 
 # Research sizes: heads of 64 (16 for the smallest), ffn 8/3 of the width in multiples of 32. Those for a
 # laptop compute in float32, which its CPU does faster.

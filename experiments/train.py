@@ -225,6 +225,7 @@ def finish(run, workdir, module, state, prepared, record, rates, seconds) -> Non
         flops_per_token=rates.flops_per_token,
         peak_flops=rates.peak_flops,
         seconds=seconds,
+        epochs=mixture.epochs(prepared, int(state.step) * run.train.batch_size),
         results=results,
     )
     runcard.write(card, workdir)

@@ -1,6 +1,5 @@
 """Trees by path: names, counts, and a readable difference of two trees."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,13 +22,6 @@ def count(tree: Any) -> int:
 def gib(tree: Any) -> float:
     """The size of a tree of arrays or of their shapes, in GiB."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) / 2**30
-
-
-def map_with_path(f: Callable, tree: Any, *rest: Any) -> Any:
-    """`f(path, leaf, *other leaves)` over a tree."""
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, *leaves: f(path(keys), *leaves), tree, *rest
-    )
 
 
 def diff(old: Any, new: Any) -> list[str]:

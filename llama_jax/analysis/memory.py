@@ -5,6 +5,7 @@ remat policy, and the logits of one chunk with their gradient. Temporary buffers
 not counted, so that what is refused here certainly does not fit.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -62,8 +63,8 @@ def check(need: Need, available: float) -> None:
 
 def _advice(need: Need, available: float) -> str:
     if need.state + need.gradients > available:
-        devices = (need.state + need.gradients) / available
-        return f"use about {devices:.0f} times as many devices (mesh.fsdp) or a smaller config"
+        times = math.ceil((need.state + need.gradients) / available)
+        return f"use at least {times} times as many devices (mesh.fsdp) or a smaller config"
     largest = max((need.activations, "activations"), (need.logits, "logits"))[1]
     if largest == "logits":
         return "raise train.loss_chunks, or raise train.microbatches"

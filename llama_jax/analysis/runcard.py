@@ -21,11 +21,13 @@ def make(
     flops_per_token: int,
     peak_flops: float,
     seconds: float,
+    epochs: dict[str, float],
     results: dict[str, Any],
 ) -> dict[str, Any]:
     """The card as plain values. Unknown figures are null: nothing is guessed.
 
-    peak_flops is of all devices together, 0 if unknown, as watts, of one device. Energy is that of
+    peak_flops is of all devices together, 0 if unknown, as watts, of one device; epochs says how often
+    each source was read. Energy is that of
     the hours in training steps: evaluation, compilation and steps lost to a crash are not in it.
     """
     tokens = steps * run.tokens_per_step
@@ -37,6 +39,7 @@ def make(
         "parameters": parameters,
         "steps": steps,
         "tokens": tokens,
+        "epochs": epochs,
         "model_flops": flops,
         "mfu": flops / seconds / peak_flops if peak_flops and seconds else None,
         "tokens_per_second": tokens / seconds if seconds else None,
@@ -63,6 +66,7 @@ def markdown(card: dict[str, Any]) -> str:
         "parameters": f"{card['parameters']:,}",
         "steps": f"{card['steps']:,}",
         "tokens": f"{card['tokens']:,}",
+        "epochs": ", ".join(f"{name} {n:.2f}" for name, n in card["epochs"].items()),
         "model FLOPs": f"{card['model_flops']:.4g}",
         "MFU": _or_unknown(card["mfu"], "{:.1%}"),
         "tokens/s": _or_unknown(card["tokens_per_second"], "{:,.0f}"),

@@ -74,6 +74,7 @@ def test_the_run_card_adds_up(reference):
     assert card["model_flops"] % card["tokens"] == 0
     assert "jax 0." in card["provenance"]["packages"]
     assert card["config"]["model"]["dim"] == 24
+    assert 0 < card["epochs"]["corpus"] < 1
     assert card["results"]["validation_loss"] > 0
 
 
