@@ -28,7 +28,7 @@ test-newest: .venv-newest/dev ## the suite on Python 3.12 with the newest JAX
 	.venv-newest/bin/python -m pytest -n 2
 
 smoke-newest: .venv-newest/dev
-	.venv-newest/bin/python -m pytest -n 2 tests/model tests/train tests/house
+	.venv-newest/bin/python -m pytest -n 2 tests/model tests/train tests/house/test_mesh_equality.py
 
 lint: .venv/dev ## ruff: style and format
 	.venv/bin/ruff check .

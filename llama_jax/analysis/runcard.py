@@ -27,8 +27,8 @@ def make(
     """The card as plain values. Unknown figures are null: nothing is guessed.
 
     peak_flops is of all devices together, 0 if unknown, as watts, of one device; epochs says how often
-    each source was read. Energy is that of
-    the hours in training steps: evaluation, compilation and steps lost to a crash are not in it.
+    each source was read. Energy is that of the hours in training steps: evaluation, compilation and
+    steps lost to a crash are not in it.
     """
     tokens = steps * run.tokens_per_step
     hours = seconds * devices / 3600
