@@ -94,12 +94,14 @@ def data() -> list[dict]:
         for round_ in range(ROUNDS):
             say(f"W3 round {round_ + 1} of {ROUNDS}")
             found.append(json.loads(python("-m", "benchmarks.data", f"--cache={cache}")))
-    unit = {"loader_rows_per_second": "rows/s"}
-    return [
-        row(f"W3 {name.removesuffix('_per_second').replace('_', ' ')}", [f[name] for f in found], [],
-            unit.get(name, "MB/s a core"))
-        for name in found[0]
-    ]  # fmt: skip
+    names = {"loader_rows": ("W3 loader", "rows/s")}
+    rows = []
+    for key in found[0]:
+        what = key.removesuffix("_per_second")
+        default = (f"W3 tokenizer {what.removesuffix('_mb')}", "MB/s a core")
+        name, unit = names.get(what, default)
+        rows.append(row(name, [f[key] for f in found], [], unit))
+    return rows
 
 
 def row(name: str, ours: list[float], peer: list[float], unit: str) -> dict:
