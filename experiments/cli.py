@@ -25,6 +25,8 @@ def tune_for_cpu() -> None:
     import jax
 
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if jax.default_backend() != "cpu":
+        return
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         for option, value in _MALLOPT.items():

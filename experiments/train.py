@@ -97,17 +97,22 @@ def train(run, workdir, module, tx, prepared, record, interrupt) -> int:
                 recorder=recorder, interrupt=interrupt, audit=audit,
             )  # fmt: skip
             checkpoints.wait()
+        elif (workdir / "runcard.json").exists():
+            print(f"already trained to step {first}: {workdir / 'runcard.md'} has the results")
+            return 0
         else:
             done = first
     finally:
         console.close()
     if done < run.train.steps:
+        saved = f"saved step {done} of {run.train.steps} in {checkpoints.folder}"
         print(
-            f"{interrupt.signal}: saved step {done} of {run.train.steps} in {checkpoints.folder}; "
+            f"{interrupt.signal}: {saved if done else 'nothing was trained yet'}; "
             f"run the same command to go on:\n  {command()}"
         )
         return 0
-    finish(run, workdir, module, state, prepared, record, rates, recorder.seconds)
+    interrupt.signal = ""  # whatever cut the last evaluation short, the results are wanted now
+    finish(run, workdir, module, state, prepared, record, rates, recorder.seconds, evaluate)
     return 0
 
 
@@ -121,7 +126,8 @@ def claim(workdir: Path, run: config.Run) -> None:
     except OSError as error:
         raise ValueError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
     path = workdir / "run.json"
-    if path.exists():
+    trained = any(step.name.isdigit() for step in (workdir / "checkpoints").glob("*"))
+    if trained and path.exists():
         differing = config.diff(config.from_dict(json.loads(path.read_text())), run, essential=True)
         if differing:
             raise ValueError(
@@ -201,13 +207,15 @@ def baselines(run: config.Run, prepared) -> dict[str, float]:
     }
 
 
-def finish(run, workdir, module, state, prepared, record, rates, seconds) -> None:
+def finish(run, workdir, module, state, prepared, record, rates, seconds, evaluate) -> None:
     """What is left when the last step is done: plot, run card, a look at what the network writes."""
     from llama_jax.analysis import plots  # matplotlib is slow to import
 
     rows = metrics.read(workdir / "metrics.jsonl")
     counted = baselines(run, prepared)
     last = rows[-1]
+    if "validation_loss" not in last:
+        last |= evaluate(state.params)
     results = {name: last[name] for name in ("validation_loss", "validation_bits_per_byte")}
     results |= {f"{name}_loss": nats for name, nats in counted.items()}
     parameters = tree.count(state.params)

@@ -220,8 +220,9 @@ class Optim:
     def __post_init__(self):
         _positive(self, "optim", "learning_rate", "eps", "clip_norm")
         for name in ("beta1", "beta2", "final_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"optim.{name}={getattr(self, name)} must lie between 0 and 1")
+            value = getattr(self, name)
+            if not 0 <= value <= 1 or (name != "final_fraction" and value == 1):
+                raise ValueError(f"optim.{name}={value} must lie between 0 and 1")
         _not_negative(self, "optim", "warmup_steps", "weight_decay")
 
 

@@ -112,7 +112,10 @@ def _identity(meta: rows.Meta) -> dict:
 
 
 def _open_rows(of: config.Source, data: config.Data) -> rows.Store:
-    store = rows.load(os.path.abspath(os.path.expanduser(of.path)))
+    try:
+        store = rows.load(os.path.abspath(os.path.expanduser(of.path)))
+    except ValueError as error:
+        raise ValueError(f"data.sources.{of.name}.path={of.path!r}: {error}") from error
     if store.meta.seq_len != data.seq_len:
         raise ValueError(
             f"data.seq_len={data.seq_len} but the rows of data.sources.{of.name} ({of.path}) "

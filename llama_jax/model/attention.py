@@ -29,5 +29,4 @@ class Attention(nn.Module):
         v_BTKH = checkpoint_name(act(v_BTKH, "BTKH"), "v")
         attend = KERNELS[self.config.kernel]
         out_BTNH = act(attend(q_BTNH, k_BTKH, v_BTKH, segments_BT), "BTNH")
-        out_BTNH = checkpoint_name(out_BTNH, "attended")
         return product("BTNH,NHD->BTD", out_BTNH, param(self, "o", "NHD", initialise))

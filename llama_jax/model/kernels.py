@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.model import mask
 
@@ -16,7 +17,8 @@ BLOCK = 128  # queries at a time; see LOG.md for the sweep
 
 def reference(q_BTNH, k_BSKH, v_BSKH, segments_BT=None):
     """softmax(q k / sqrt(H)) v over the whole square (arXiv:1706.03762 eq. 1, arXiv:2305.13245)."""
-    return attend(q_BTNH, k_BSKH, v_BSKH, mask.causal(0, q_BTNH.shape[1], segments_BT))
+    out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask.causal(0, q_BTNH.shape[1], segments_BT))
+    return checkpoint_name(out_BTNH, "attended")
 
 
 def attend(q_BTNH, k_BSKH, v_BSKH, visible_BTS):
@@ -59,7 +61,7 @@ def _blocks(q_BKXH, k_BKSH, v_BKSH, segments_BT):
 
 
 def _blocks_forward(q_BKXH, k_BKSH, v_BKSH, segments_BT):
-    out_BKXH = _blocks(q_BKXH, k_BKSH, v_BKSH, segments_BT)
+    out_BKXH = checkpoint_name(_blocks(q_BKXH, k_BKSH, v_BKSH, segments_BT), "attended")
     return out_BKXH, (q_BKXH, k_BKSH, v_BKSH, segments_BT, out_BKXH)
 
 

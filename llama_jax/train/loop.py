@@ -178,7 +178,7 @@ def check_anomaly(train: config.Train, step: int, values: dict[str, float]) -> s
     )
     if train.on_anomaly == "stop":
         raise Anomaly(
-            f"{text} and training stops; start again with a lower optim.learning_rate, or with "
+            f"{text} and training stops; train with a lower optim.learning_rate in a new --workdir, or set "
             f"train.on_anomaly='skip' to leave such updates out and go on"
         )
     if values["skips_in_a_row"] >= train.max_skips:

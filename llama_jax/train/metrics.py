@@ -2,7 +2,9 @@
 
 import atexit
 import json
+import math
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ def jsonl(path: Path, after_step: int) -> Writer:
 
     def write(row: Row) -> None:
         with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({name: _plain(value) for name, value in row.items()}) + "\n")
 
     return write
 
@@ -54,8 +56,11 @@ def wandb(workdir: Path, settings: dict[str, Any]) -> Writer:
         raise ValueError(
             "log.wandb='on' but the package is absent; pip install wandb, or set log.wandb to 'off'"
         ) from None
+    id_file = workdir / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex[:12])
     run = client.init(
-        project="llama_jax", id=workdir.name, name=workdir.name, dir=workdir, config=settings,
+        project="llama_jax", id=id_file.read_text(), name=workdir.name, dir=workdir, config=settings,
         resume="allow",
     )  # fmt: skip
 
@@ -100,6 +105,11 @@ def describe(row: Row) -> str:
     if "validation_loss" in row:
         parts.append(f"validation {row['validation_loss']:.4f}")
     return "  ".join(parts)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _lines(path: Path) -> list[str]:

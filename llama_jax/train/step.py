@@ -38,7 +38,7 @@ def make_step(
 
     def step(state: State, batch: Any) -> tuple[State, Metrics]:
         gradient, sums = _accumulate(loss, state.params, batch, train.microbatches)
-        weight = jnp.maximum(sums.weight, 1.0)  # a batch of padding alone changes nothing
+        weight = jnp.maximum(sums.weight, 1.0)  # not 0 / 0 where all is padding
         gradient = jax.tree.map(lambda g: g / weight, gradient)
         mean_loss, grad_norm = sums.nll / weight, optax.tree.norm(gradient)
 
