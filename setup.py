@@ -21,10 +21,13 @@ setup(
         "ml_collections>=1.1",
         "absl-py",
         "matplotlib",
+        "ml_dtypes",
         "numpy",
+        "protobuf",
         "psutil",
         "pyarrow",
         "tensorboardX",
+        "tensorstore",
         "tqdm",
         "zstandard",
     ],
@@ -33,9 +36,10 @@ setup(
         "cuda": ["jax[cuda13]>=0.10.2"],
         "prep": ["scikit-learn", "mwparserfromhell", "pylatexenc", "beautifulsoup4", "lxml"],
         "eval": ["lm_eval>=0.4.13"],
-        # The other side of parity tests and benchmarks. torch exactly so: another release brings
+        # The other side of parity tests, and of benchmarks. torch exactly so: another release brings
         # gigabytes of CUDA libraries.
-        "parity": ["torch==2.13.0", "transformers>=5", "google-tunix>=0.1.7"],
+        "parity": ["torch==2.13.0", "transformers>=5"],
+        "bench": ["google-tunix>=0.1.7"],
         "dev": ["pytest==9.2.0", "pytest-xdist==3.8.0", "ruff==0.17.5", "pre-commit"],
     },
 )

@@ -6,6 +6,7 @@ import difflib
 import sys
 from collections.abc import Callable
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -25,8 +26,12 @@ def tune_for_cpu() -> None:
     import jax
 
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    if jax.default_backend() != "cpu":
-        return
+    if jax.default_backend() == "cpu":
+        keep_memory()
+
+
+def keep_memory() -> None:
+    """Memory that is freed stays in the process, already zeroed by the kernel once (LOG.md)."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         for option, value in _MALLOPT.items():
@@ -42,6 +47,23 @@ def define_config() -> flags.FlagHolder:
     flag = config_flags.DEFINE_config_file("config", None, "The page to run.", lock_config=True)
     flags.mark_flag_as_required("config")
     return flag
+
+
+def define_parts(**parts: object) -> flags.FlagHolder:
+    """--config.part.name=VALUE for the settings of frozen parts, without a page.
+
+    ml_collections reads the command line here, so this is where a wrong setting is refused.
+    """
+    values = {name: config.to_dict(part) for name, part in parts.items()}
+    known = [f"--config.{part}.{name}" for part, inside in values.items() for name in inside]
+    if message := _unknown_setting(sys.argv, known):
+        _stop(message, 2)
+    try:
+        return config_flags.DEFINE_config_dict(
+            "config", ml_collections.ConfigDict(values), lock_config=True
+        )
+    except (*USER_ERRORS, TypeError, flags.Error) as error:
+        _stop(_plain(error), 2)
 
 
 def frozen(flag: flags.FlagHolder) -> config.Run:
@@ -62,7 +84,8 @@ def _parse(argv: list[str]) -> list[str]:
     except flags.Error as error:
         _stop(str(error), 2)
     except (*USER_ERRORS, TypeError, AttributeError, KeyError) as error:
-        _stop(_unknown_setting(argv) or _plain(error), 2)
+        known = [f"--config.{place}" for place in config.flatten(config.Run())]
+        _stop(_unknown_setting(argv, known) or _plain(error), 2)
     if rest[1:]:
         _stop(f"unexpected argument {rest[1]!r}; settings are given as --config.part.name=value", 2)
     return rest
@@ -76,9 +99,8 @@ def _guarded(main, errors) -> int:
         _stop(_plain(error), 1)
 
 
-def _unknown_setting(argv: list[str]) -> str:
-    """A message on the first --config.part.name that the schema does not have; "" if there is none."""
-    known = [f"--config.{place}" for place in config.flatten(config.Run())]
+def _unknown_setting(argv: list[str], known: list[str]) -> str:
+    """A message on the first --config.part.name that is not known; "" if there is none."""
     for argument in argv[1:]:
         name = argument.partition("=")[0]
         if name.startswith("--config.") and ".sources." not in name and name not in known:

@@ -1,8 +1,8 @@
 """Train a network: `python -m experiments.train --config=configs/7b.py --workdir=DIR`.
 
 Started again with the same command, a run goes on from its last checkpoint. SIGINT and SIGTERM save and
-exit 0. What a run writes into its workdir: run.json (the config), checkpoints/, metrics.jsonl,
-tensorboard/, loss.png, runcard.json and .md, audit.jsonl when asked.
+exit 0. What a run writes into its workdir: run.json (the config), tokenizer.model, checkpoints/,
+metrics.jsonl, tensorboard/, loss.png, runcard.json and .md, audit.jsonl when asked.
 """
 
 import functools
@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -24,6 +25,7 @@ from absl import flags
 from experiments import cli
 from llama_jax import __version__, config, sharding, tree
 from llama_jax.analysis import baseline, flops, hardware, memory, runcard
+from llama_jax.convert import native
 from llama_jax.data import iterator, mixture, prepare
 from llama_jax.decode import generate
 from llama_jax.model import transformer
@@ -58,6 +60,8 @@ def main() -> int:
     print(f"{parameters:,} parameters on {layout.mesh.size} x {jax.devices()[0].device_kind}")
 
     prepared = prepare.prepare(run.data, run.model.vocab_size)
+    if prepared.tokenizer_config.path:
+        shutil.copyfile(prepared.tokenizer_config.path, workdir / native.TOKENIZER)
     record = {"provenance": provenance(prepared), "run": config.to_dict(run)}
     with loop.Interrupt() as interrupt:
         return train(run, workdir, module, tx, prepared, record, interrupt)

@@ -298,6 +298,23 @@ class Log:
 
 
 @dataclasses.dataclass(frozen=True)
+class Decode:
+    """How a text is continued. Not part of a run: a trained model is decoded in many ways."""
+
+    max_new_tokens: int = 100
+    temperature: float = 0.0  # 0: always the likeliest token
+    seed: int = 0  # of the draws
+
+    def __post_init__(self):
+        _positive(self, "decode", "max_new_tokens")
+        _not_negative(self, "decode", "temperature")
+        if self.temperature == 0 and self.seed:
+            raise ValueError(
+                f"decode.seed={self.seed} has no effect while decode.temperature=0.0; set a temperature"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """Everything that determines a run."""
 
@@ -344,9 +361,9 @@ def to_dict(value: Any) -> Any:
     return value
 
 
-def from_dict(values: dict[str, Any]) -> Run:
+def from_dict(values: dict[str, Any], kind: type = Run, place: str = "") -> Any:
     """The inverse of `to_dict`, also from JSON (lists for tuples). ValueError on what does not fit."""
-    return _build(Run, values, "")
+    return _build(kind, values, place)
 
 
 def flatten(run: Run) -> dict[str, Any]:

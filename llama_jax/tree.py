@@ -14,6 +14,18 @@ def path(keys) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
+def nest(leaves: dict[str, Any]) -> dict[str, Any]:
+    """The nested dict that `paths` gives these names."""
+    root: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *folders, last = name.split("/")
+        node = root
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[last] = leaf
+    return root
+
+
 def count(tree: Any) -> int:
     """The number of elements in a tree of arrays or of their shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

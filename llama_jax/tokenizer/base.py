@@ -10,21 +10,29 @@ from llama_jax.tokenizer import bpe, byte, sp
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. `encode` never gives a special token, whatever the text spells."""
+    """Text to ids and back. A lone surrogate in a text is a ValueError."""
 
     vocab_size: int
     bos: int
     eos: int
     pad: int
     fingerprint: str  # two tokenizers with one fingerprint give the same ids
+    special: dict[str, int]  # name -> id of the tokens that no ordinary text becomes
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of the text. Names of special tokens are text too, unless `special` asks for them:
+        then what stands between them is encoded as texts of their own."""
+        ...
 
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
-        """int32 ids of each text, the same as `encode` gives."""
+        """int32 ids of each text, the same as `encode` gives without specials."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to the UTF-8 of a text; half a character, maybe."""
+        ...
 
 
 def load(tokenizer: config.Tokenizer) -> Tokenizer:

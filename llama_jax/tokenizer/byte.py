@@ -1,8 +1,12 @@
 """One token a byte of UTF-8, for small experiments: no training, no file, no unknown words."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
+
+from llama_jax.tokenizer import special as names
+from llama_jax.tokenizer import surrogate
 
 
 class Byte:
@@ -11,12 +15,19 @@ class Byte:
     vocab_size = 259
     bos, eos, pad = 256, 257, 258
     fingerprint = "byte-259"
+    special: ClassVar = {"<bos>": bos, "<eos>": eos, "<pad>": pad}
 
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        surrogate.refuse(text)
+        return names.encode(self, text) if special else list(text.encode())
 
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
+        for text in texts:
+            surrogate.refuse(text)
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token] if token < 256 else [])

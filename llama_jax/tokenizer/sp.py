@@ -14,6 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from llama_jax.tokenizer import special as names
+from llama_jax.tokenizer import surrogate
+
 # A sentence beyond this many bytes is skipped by the trainer, so longer lines are split before it.
 MAX_SENTENCE_BYTES = 4192
 # Encoding slows down with the length of a text (Alice x 64: 1.1 MB/s whole, 3.5 MB/s in parts).
@@ -29,17 +32,25 @@ class SentencePiece:
         self.bos, self.eos = processor.bos_id(), processor.eos_id()
         self.pad = processor.pad_id() if processor.pad_id() >= 0 else self.eos
         self.fingerprint = _fingerprint(processor)
+        controls = [i for i in range(self.vocab_size) if processor.is_control(i)]
+        self.special = {processor.id_to_piece(i): i for i in controls}
         # A newline that is a byte piece never merges with its neighbours, so that a text may be cut
         # behind it: `encode("\n" + rest)` without the newline's own ids continues exactly.
         newline = processor.encode("\n")
         self._newline = len(newline) if newline and processor.is_byte(newline[-1]) else 0
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        surrogate.refuse(text)
+        if special:
+            return names.encode(self, text)
+        if len(text) > 2 * PART_CHARS:
+            return self.encode_batch([text], 1)[0].tolist()
         return self._processor.encode(text)
 
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
         parts, counts = [], []
         for text in texts:
+            surrogate.refuse(text)
             cuts = self._cuts(text)
             parts += [("\n" if a else "") + text[a:b] for a, b in itertools.pairwise(cuts)]
             counts.append(len(cuts) - 1)
@@ -53,6 +64,17 @@ class SentencePiece:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
+
+    def token_bytes(self, token: int) -> bytes:
+        processor, token = self._processor, int(token)
+        piece = processor.id_to_piece(token)
+        if processor.is_byte(token):
+            return bytes([int(piece[1:-1], 16)])
+        if processor.is_control(token):
+            return b""
+        if processor.is_unknown(token):
+            return processor.decode([token]).encode()
+        return piece.replace("\u2581", " ").encode()
 
     def _cuts(self, text: str) -> list[int]:
         cuts = [0]

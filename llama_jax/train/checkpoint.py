@@ -18,6 +18,9 @@ import orbax.checkpoint as ocp
 from llama_jax import config, tree
 
 
+PIECE_BYTES = 16 << 20
+
+
 class SaveError(Exception):
     """A checkpoint could not be written; says which, why, and which is still good."""
 
@@ -54,7 +57,7 @@ class Checkpoints:
         self._saving = step
         record = {**record, "checksums": checksums(state)}
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
+            state=ocp.args.StandardSave(state, _pieces(state)), record=ocp.args.JsonSave(record)
         )
         with self._failing_clearly():
             self._manager.save(step, args=items, force=True)
@@ -119,6 +122,17 @@ class Checkpoints:
             if found.get(name) != value:
                 raise ValueError(f"{name} does not match its checksum")
         return Restored(restored.state, restored.record)
+
+
+def _pieces(state: Any) -> Any:
+    """Arrays are stored a layer at a time, in pieces of at most PIECE_BYTES: other shardings, and
+    conversions, read only what they want."""
+
+    def choose(keys, leaf):
+        layered = leaf.ndim > 1 and "groups/" in tree.path(keys)
+        return ocp.SaveArgs(shard_axes=(0,) if layered else (), chunk_byte_size=PIECE_BYTES)
+
+    return jax.tree.map_with_path(choose, state)
 
 
 @jax.jit

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,14 +15,17 @@ README = (ROOT / "README.md").read_text()
 SHORT = ["--config.train.steps=3", "--config.optim.warmup_steps=1", "--config.eval.rows=8"]
 
 
-def commands() -> list[list[str]]:
-    """`python -m experiments...` lines of the README's shell blocks, continuations joined."""
+WEIGHTS = README.split("\n## Weights\n")[1].split("\n## ")[0]
+
+
+def commands(text: str = README.replace(WEIGHTS, "")) -> list[list[str]]:
+    """`python -m experiments...` lines of shell blocks, continuations joined."""
     found = []
-    for block in re.findall(r"```sh\n(.*?)```", README, re.S):
+    for block in re.findall(r"```sh\n(.*?)```", text, re.S):
         for line in block.replace("\\\n", " ").splitlines():
-            if "python -m experiments." in line:
+            if "python -" in line:
                 words = shlex.split(line.split("#")[0].strip().removesuffix("&"))
-                found.append(words[words.index("-m") + 1 :])
+                found.append(words[words.index("python") + 1 :])
     return found
 
 
@@ -36,7 +41,7 @@ def cache(tmp_path_factory):
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_a_command_of_the_readme_runs(words, tmp_path, cache):
-    module, *flags = words
+    _, module, *flags = words
     flags = [re.sub(r"=/tmp/", f"={tmp_path}/", flag) for flag in flags]
     if any("books/" in flag for flag in flags):
         (tmp_path / "books").mkdir()
@@ -54,6 +59,48 @@ def test_a_command_of_the_readme_runs(words, tmp_path, cache):
     done = helpers.run(module.removeprefix("experiments."), *flags)
     assert done.returncode == 0, done.stderr
     assert "written to" in done.stdout or "wrote" in done.stdout
+
+
+def test_the_weights_of_the_readme_come_in_write_and_leave(tmp_path, shared):
+    """The commands of the section, in their order: both sides print the same text."""
+    pytest.importorskip("transformers")
+    first, generate, export, theirs, *_ = commands(WEIGHTS)
+    weights = shared("checkpoints/stories260K/stories260K.bin")
+    said = []
+    for words in (first, generate, export, theirs):
+        words = [word.replace("/tmp/", f"{tmp_path}/") for word in words]
+        words = [word.replace("=stories260K.bin", f"={weights}") for word in words]
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=ROOT,
+            env=helpers.environment(),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert said[3] == f"<s> {said[1]}"
+    quoted = re.search(r"print `(Once upon .*?) \.\.\.`", WEIGHTS.replace("\n", " "))[1]
+    assert said[1].startswith(quoted)
+    for line in re.search(r"```\n(.*?)```", WEIGHTS.split("what it found:")[1], re.S)[
+        1
+    ].splitlines():
+        if "written" not in line:
+            assert line.strip().split("stories260K.bin")[-1] in said[0].replace(
+                " output, ", " output,\n"
+            )
+
+
+def test_what_was_trained_leaves_as_the_readme_says(tmp_path):
+    """The last block, with a run of a few steps for make train's."""
+    trained = helpers.run("train", *helpers.arguments(tmp_path, "--config.train.steps=3"))
+    assert trained.returncode == 0, trained.stderr
+    for _, module, *flags in commands(WEIGHTS)[-2:]:
+        flags = [flag.replace("runs/tiny", str(tmp_path / "run")) for flag in flags]
+        flags = [flag.replace("/tmp/tiny", f"{tmp_path}/tiny") for flag in flags]
+        flags += ["--config.decode.max_new_tokens=8"] if module.endswith("generate") else []
+        done = helpers.run(module.removeprefix("experiments."), *flags)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "LOG.md"])

@@ -12,7 +12,7 @@ FLOORS = [
     {"config", "dims", "tree"},
     {"sharding", "tokenizer"},
     {"model", "data"},
-    {"train", "decode"},
+    {"train", "decode", "convert"},
     {"analysis"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -19,3 +20,30 @@ def test_no_jax_and_no_tokenizer_library_until_needed():
     names = ("jax", "sentencepiece", "tiktoken", "grain", "tensorflow_datasets")
     out = subprocess.run([sys.executable, "-c", code % (names,)], capture_output=True, text=True)
     assert out.stdout.strip() == "[]", out.stderr
+
+
+SHAPES = {
+    "words": "It was a bright cold day in April, 13 naïve clocks; ",
+    "spaces": " " * 50,
+    "one word": "a" * 50,
+    "lines": "x = 1\n\n",
+    "emoji": "\U0001f642" * 12,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["llama2", "llama3"])
+def test_twice_the_text_takes_less_than_thrice_the_time(request, kind, shape):
+    tokenizer = request.getfixturevalue(kind)
+
+    def seconds(chars, encode):
+        text = SHAPES[shape] * (chars // len(SHAPES[shape]))
+        start = time.process_time()
+        ids = encode(text)
+        spent = time.process_time() - start
+        assert tokenizer.decode(ids) == text
+        return spent
+
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text], 1)[0]):
+        short = min(seconds(60_000, encode) for _ in range(3))
+        assert min(seconds(120_000, encode) for _ in range(3)) < 3 * short

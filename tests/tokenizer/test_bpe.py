@@ -1,5 +1,6 @@
 import base64
 import json
+import random
 
 import pytest
 
@@ -7,12 +8,9 @@ from llama_jax import config
 from llama_jax.tokenizer import base, bpe
 
 
-@pytest.fixture(scope="module")
-def llama(request):
-    path = request.config.rootpath.parent / "shared/data/tokenizers/llama3/tokenizer.model"
-    if not path.exists():
-        pytest.skip(f"{path} is not on this machine")
-    return base.load(config.Tokenizer("bpe", str(path)))
+@pytest.fixture
+def llama(llama3):
+    return llama3
 
 
 def ranks(path, merges=()):
@@ -20,12 +18,6 @@ def ranks(path, merges=()):
     content = b"".join(b"%s %d\n" % (base64.b64encode(t), i) for i, t in enumerate(tokens))
     path.write_bytes(content)
     return path
-
-
-@pytest.fixture
-def small(tmp_path):
-    path = ranks(tmp_path / "ranks", [b"ab", b" a", b" ab"])
-    return base.load(config.Tokenizer("bpe", str(path)))
 
 
 def test_llama_ids_equal_those_of_transformers(llama, shared):
@@ -92,6 +84,13 @@ def test_long_inputs_are_cut_as_meta_cuts_them():
     assert bpe._parts(text) == oracle(text)
     assert len(bpe._parts(text)) == 16
     assert bpe._parts("") == []
+    rng = random.Random(2)
+    for run in (24_999, 25_000, 25_001, 25_002):
+        for char in "x ":
+            text = (
+                "a " * rng.randint(0, 13_000) + rng.choice(("a", " ", "")) + char * run + " b" * 9
+            )
+            assert bpe._parts(text) == oracle(text)
 
 
 def test_a_very_long_word_takes_linear_time_and_comes_back(small):

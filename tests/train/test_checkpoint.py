@@ -5,6 +5,7 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from llama_jax import config, sharding, tree
@@ -168,3 +169,15 @@ def test_the_record_is_plain_json_on_disk(tmp_path, layout):
     record = json.loads((kept.folder / "3" / "record" / "metadata").read_text())
     assert record["next_step"] == 3
     assert kept.record(3)["checksums"] == checkpoint.checksums(state(layout, 3))
+
+
+def test_layers_are_stored_one_by_one(tmp_path):
+    """So that an export, or a host of another mesh, reads a layer without its neighbours."""
+    stack = jnp.arange(3 * 4 * 5.0).reshape(3, 4, 5)
+    checkpoints = checkpoint.Checkpoints(tmp_path, config.Checkpoint())
+    checkpoints.save(1, {"groups": {"w": stack}, "embed": stack[0]}, {})
+    checkpoints.wait()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        found = checkpointer.metadata(tmp_path / "checkpoints/1/state").item_metadata.tree
+    assert found["groups"]["w"].storage.chunk_shape == (1, 4, 5)
+    assert found["embed"].storage.chunk_shape == (4, 5)

@@ -1,0 +1,111 @@
+"""Open a checkpoint of any known kind: which kind it is, where its tokenizer lies."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from llama_jax import config
+from llama_jax.convert import hf, llama2c, meta, native
+from llama_jax.convert.source import Source, Tokenizer, tokenizer_of
+from llama_jax.tokenizer import base
+from llama_jax.tokenizer.hf import hf_json_to_ranks
+from llama_jax.tokenizer.llama2c import llama2c_to_sp
+
+
+def open_checkpoint(path: Path, kind: str, tokenizer_file: str) -> Source:
+    """kind "" detects it; tokenizer_file "" looks beside the weights. ValueError if there is no model."""
+    kind = kind or detect(path)
+    config.choose(FORMATS, kind, "--from_format")
+    if kind != "llama2c" and path.is_file():
+        path = path.parent
+    return FORMATS[kind](path, tokenizer_file)
+
+
+def detect(path: Path) -> str:
+    """The format of a file or folder, by what is in it."""
+    if path.is_file():
+        if path.suffix == ".pth":
+            return "meta"
+        if path.suffix == ".safetensors" or path.with_name("config.json").is_file():
+            return "hf"
+        if path.suffix == ".bin":
+            return "llama2c"
+        raise ValueError(f"{path} is not known: weights are .pth, .safetensors or .bin")
+    if not path.is_dir():
+        raise ValueError(f"{path} does not exist; give a folder of weights, or a file of them")
+    if native.is_native(path):
+        return "native"
+    if any(path.glob("consolidated*.pth")):
+        return "meta"
+    if any((path / name).is_file() for name in hf.WEIGHTS):
+        return "hf"
+    inside = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
+    raise ValueError(
+        f"{path} holds no checkpoint that is known (consolidated.00.pth, model.safetensors, "
+        f"pytorch_model.bin, {native.MODEL}); it holds {inside}"
+    )
+
+
+def _meta(folder: Path, tokenizer_file: str) -> Source:
+    # LLaMA 1 keeps one tokenizer for all sizes, in the folder above.
+    beside = [folder / "tokenizer.model", folder.parent / "tokenizer.model"]
+    tokenizer = _tokenizer(tokenizer_file, beside)
+    return meta.open_folder(folder, tokenizer, _pieces(tokenizer))
+
+
+def _hf(folder: Path, tokenizer_file: str) -> Source:
+    names = ("tokenizer.model", "original/tokenizer.model", "tokenizer.json")
+    return hf.open_folder(folder, _tokenizer(tokenizer_file, [folder / name for name in names]))
+
+
+def _llama2c(file: Path, tokenizer_file: str) -> Source:
+    pieces = llama2c.read_header(file)[1].vocab_size
+    beside = [file.with_name(f"tok{pieces}.bin"), file.with_name("tokenizer.bin")]
+    return llama2c.open_file(file, _tokenizer(tokenizer_file, beside))
+
+
+def _native(folder: Path, tokenizer_file: str) -> Source:
+    return native.open_folder(folder, _tokenizer(tokenizer_file, []))
+
+
+def _tokenizer(given: str, beside: list[Path]) -> Tokenizer | None:
+    found = Path(given).expanduser() if given else next((f for f in beside if f.is_file()), None)
+    return read_tokenizer(found) if found else None
+
+
+def read_tokenizer(file: Path) -> Tokenizer:
+    """A SentencePiece model, tiktoken ranks, Llama 3's tokenizer.json, or llama2.c's tokenizer."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"--tokenizer={file} cannot be read: {error.strerror}") from error
+    try:
+        if content[:1] == b"{":
+            return Tokenizer("bpe", hf_json_to_ranks(content))
+        if file.suffix == ".bin":
+            return Tokenizer("sp", llama2c_to_sp(content))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    found = tokenizer_of(content)
+    base.load(config.Tokenizer(found.kind, str(file)))  # an error names the file
+    return found
+
+
+def _pieces(tokenizer: Tokenizer | None) -> int:
+    return loaded(tokenizer).vocab_size if tokenizer else 0
+
+
+def loaded(tokenizer: Tokenizer) -> base.Tokenizer:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(tokenizer.content)
+        file.flush()
+        path = "" if tokenizer.kind == "byte" else file.name
+        return base.load(config.Tokenizer(tokenizer.kind, path))
+
+
+FORMATS: dict[str, Callable[[Path, str], Source]] = {
+    "native": _native,
+    "hf": _hf,
+    "meta": _meta,
+    "llama2c": _llama2c,
+}

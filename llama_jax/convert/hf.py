@@ -1,0 +1,283 @@
+"""Hugging Face directories: config.json, and weights in safetensors or torch's .bin, whole or in shards.
+
+transformers 4 writes `rope_theta` and `rope_scaling`, 5 writes `rope_parameters`; both are read, both
+are written, with the same numbers.
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama_jax import config
+from llama_jax.convert import names, pth, safetensors
+from llama_jax.convert.names import Unit
+from llama_jax.convert.source import Source, Tokenizer, compute_dtype
+from llama_jax.convert.stored import Stored
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+SHARD_BYTES = 5 * 10**9  # of one file on export, as transformers 4 wrote
+# Small files that tell how to use the weights; they leave as they came.
+CARRIED = (
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
+)
+
+
+def open_folder(folder: Path, tokenizer: Tokenizer | None) -> Source:
+    settings = _read_json(folder / "config.json")
+    model, context = model_of(settings, folder / "config.json")
+    found = _tensors(folder)
+    dropped = [name for name in found if name.endswith("rotary_emb.inv_freq")]
+    for name in dropped:
+        del found[name]
+    if model.output == "tied":
+        found.pop("lm_head.weight", None)
+    stored = {}
+    for unit in names.units(model):
+        if unit.hf not in found:
+            raise ValueError(f"{folder} lacks {unit.hf}")
+        stored[unit.hf] = found.pop(unit.hf)
+        stored[unit.hf].check_shape(names.torch_shape(unit.row, model))
+    for name, tensor in found.items():
+        raise ValueError(f"{tensor.file}: {name} is not a tensor of a text LLaMA")
+    dtypes = {name: tensor.dtype for name, tensor in stored.items()}
+    return Source(
+        "hf",
+        dataclasses.replace(model, compute_dtype=compute_dtype(dtypes)),
+        context,
+        dtypes,
+        functools.partial(_read, stored),
+        lambda unit: stored[unit.hf].file,
+        (folder / "config.json", *sorted({tensor.file for tensor in stored.values()})),
+        tokenizer,
+        carried={n: (folder / n).read_bytes() for n in CARRIED if (folder / n).is_file()},
+        notes=(f"{len({t.file for t in stored.values()})} weight file(s)",),
+    )
+
+
+def _read(stored: dict[str, Stored], unit: Unit, start: int, stop: int) -> np.ndarray:
+    return stored[unit.hf].rows(start, stop)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text())
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} must hold an object, not a {type(value).__name__}")
+    return value
+
+
+def _tensors(folder: Path) -> dict[str, Stored]:
+    """{name: where it lies} of all files."""
+    present = [name for name in WEIGHTS if (folder / name).is_file()]
+    if not present:
+        raise ValueError(f"{folder} has none of {', '.join(WEIGHTS)}")
+    name = present[0]
+    if not name.endswith(".index.json"):
+        return _header(folder / name)
+    where = _read_json(folder / name).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise ValueError(f"{folder / name} must have a weight_map of tensor -> file")
+    found: dict[str, Stored] = {}
+    for shard in dict.fromkeys(where.values()):
+        if not isinstance(shard, str) or shard != Path(shard).name or shard in ("", ".", ".."):
+            raise ValueError(f"{folder / name} points to {shard!r}, which is not a file beside it")
+        if not (folder / shard).is_file():
+            raise ValueError(
+                f"{folder / shard} is missing; {name} puts {_first(where, shard)} in it"
+            )
+        for tensor, stored in _header(folder / shard).items():
+            if tensor in found:
+                raise ValueError(
+                    f"{tensor} is in {found[tensor].file.name} and in {folder / shard}"
+                )
+            found[tensor] = stored
+    for tensor, shard in where.items():
+        if tensor not in found or found[tensor].file.name != shard:
+            raise ValueError(f"{folder / shard} lacks {tensor}, which {name} puts there")
+    return found
+
+
+def _first(where: dict[str, str], shard: str) -> str:
+    return next(tensor for tensor, file in where.items() if file == shard)
+
+
+def _header(file: Path) -> dict[str, Stored]:
+    return (safetensors.read_header if file.suffix == ".safetensors" else pth.read_names)(file)
+
+
+def model_of(settings: dict[str, Any], file: Path) -> tuple[config.Model, int]:
+    """The settings in a config.json, and the number of positions. Absent ones have transformers' defaults.
+
+    ValueError names what this code does not compute.
+    """
+    kind = settings.get("model_type")
+    if kind != "llama":
+        raise ValueError(f"{file}: model_type={kind!r} must be 'llama', the text models")
+    for name, only in (
+        *(("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)),
+        *(("quantization_config", None),),
+    ):
+        if settings.get(name, only) != only:
+            raise ValueError(
+                f"{file}: {name}={settings[name]!r} is not LLaMA's; only {only!r} is computed here"
+            )
+    values = {
+        ours: _value(settings, theirs, kind, file) for ours, (theirs, kind) in _SETTINGS.items()
+    }
+    heads = values["heads"]
+    values["kv_heads"] = values["kv_heads"] or heads
+    values["head_dim"] = values["head_dim"] or values["dim"] // heads
+    tied = values.pop("tied")
+    context = values.pop("context")
+    rope = rope_of(settings, file)
+    return config.Model(**values, rope=rope, output="tied" if tied else "untied"), context
+
+
+# Our name: theirs, and the kind of its value or the default that transformers has.
+_SETTINGS: dict[str, tuple[str, Any]] = {
+    "vocab_size": ("vocab_size", int),
+    "dim": ("hidden_size", int),
+    "layers": ("num_hidden_layers", int),
+    "heads": ("num_attention_heads", int),
+    "kv_heads": ("num_key_value_heads", 0),
+    "head_dim": ("head_dim", 0),
+    "ffn_dim": ("intermediate_size", int),
+    "norm_eps": ("rms_norm_eps", 1e-6),
+    "init_std": ("initializer_range", 0.02),
+    "tied": ("tie_word_embeddings", False),
+    "context": ("max_position_embeddings", 2048),
+}
+
+
+def _value(settings: dict[str, Any], name: str, default: Any, file: Path) -> Any:
+    required = isinstance(default, type)
+    value = settings.get(name)
+    if value is None:
+        if required:
+            raise ValueError(f"{file} lacks {name}")
+        return default
+    wanted = default if required else type(default)
+    if wanted is float and type(value) is int:
+        value = float(value)
+    if type(value) is not wanted or (wanted is int and value <= 0):
+        raise ValueError(
+            f"{file}: {name}={value!r} must be a {'positive ' * (wanted is int)}number"
+        )
+    return value
+
+
+def rope_of(settings: dict[str, Any], file: Path) -> config.Rope:
+    """Both spellings of transformers; ValueError if they disagree, or ask for a scheme that is not here."""
+    new, old = settings.get("rope_parameters"), settings.get("rope_scaling")
+    for scaling in (new, old):
+        if scaling is not None and not isinstance(scaling, dict):
+            raise ValueError(f"{file}: {scaling!r} must be an object of rope settings")
+    thetas = [s["rope_theta"] for s in (settings, new or {}, old or {}) if "rope_theta" in s]
+    found = [_rope(new, thetas, file)] if new else []
+    if not new or "rope_scaling" in settings:
+        found.append(_rope(old or {}, thetas, file))
+    if len(set(thetas)) > 1 or found[0] != found[-1]:
+        raise ValueError(
+            f"{file}: rope_parameters={new} contradicts rope_theta={settings.get('rope_theta')} and "
+            f"rope_scaling={old}"
+        )
+    return found[0]
+
+
+def _rope(scaling: dict[str, Any], thetas: list[float], file: Path) -> config.Rope:
+    theta = float(thetas[0]) if thetas else 10_000.0
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return config.Rope(theta=theta)
+    if kind != "llama3":
+        raise ValueError(
+            f"{file}: rope_type={kind!r} of its rope scaling must be 'default' or 'llama3'"
+        )
+    try:
+        return config.Rope(
+            theta=theta,
+            factor=float(scaling["factor"]),
+            low_freq_factor=float(scaling["low_freq_factor"]),
+            high_freq_factor=float(scaling["high_freq_factor"]),
+            original_length=int(scaling["original_max_position_embeddings"]),
+        )
+    except KeyError as error:
+        raise ValueError(f"{file}: rope scaling 'llama3' lacks {error.args[0]}") from error
+
+
+# Out.
+
+
+def check_expressible(model: config.Model, whose: str = "Hugging Face's") -> None:
+    """ValueError names the first setting that LlamaForCausalLM has no word for."""
+    fixed = {"norm": "rms", "position": "rope", "ffn": "swiglu", "pattern": ("self",)}
+    for name, value in fixed.items():
+        if getattr(model, name) != value:
+            raise ValueError(
+                f"model.{name}={getattr(model, name)!r} cannot be said in {whose} format, whose models "
+                f"have {value!r}; export with --format=native"
+            )
+
+
+def settings_of(model: config.Model, context: int, dtype: np.dtype, ids: dict) -> dict[str, Any]:
+    """The config.json of a model, for transformers 4 and 5. ids: bos_token_id and the like."""
+    rope, scaling = model.rope, None
+    if rope.factor != 1.0:
+        scaling = {
+            "rope_type": "llama3",
+            "factor": rope.factor,
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_length,
+        }
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.dim,
+        "intermediate_size": model.ffn_dim,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rms_norm_eps": model.norm_eps,
+        "max_position_embeddings": context,
+        "initializer_range": model.init_std,
+        "tie_word_embeddings": model.output == "tied",
+        "rope_theta": rope.theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": rope.theta},
+        "torch_dtype": dtype.name,
+        "dtype": dtype.name,
+        "use_cache": True,
+        **ids,
+    }
+
+
+def shards_of(sizes: dict[str, int]) -> dict[str, list[str]]:
+    """{file: its tensors}, in order, each file within SHARD_BYTES unless one tensor alone is larger."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, nbytes in sizes.items():
+        if groups[-1] and filled + nbytes > SHARD_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    count = len(groups)
+    return {f"model-{i + 1:05}-of-{count:05}.safetensors": g for i, g in enumerate(groups)}

@@ -1,0 +1,153 @@
+"""llama2.c's .bin checkpoints: versions 0 (legacy), 1, and 2 (int8 in groups).
+
+The format is karpathy/llama2.c's export.py: version 0 starts with seven int32 (a negative vocabulary
+says that the output matrix is there), 1 and 2 with "ak42", the version, the seven and a byte that says
+whether the output is shared, padded to 256 bytes. Pairs are interleaved as in Meta's files. Its run.c
+fixes norm epsilon 1e-5 and rotary base 10,000.
+"""
+
+import functools
+import math
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from llama_jax import config
+from llama_jax.convert import names
+from llama_jax.convert.names import Unit
+from llama_jax.convert.source import Source, Tokenizer
+from llama_jax.convert.stored import DTYPES, Stored, size
+
+MAGIC = 0x616B3432
+FLOAT, INT8 = DTYPES["F32"], np.dtype(np.int8)
+_NORMS = ("attention_norm/scale", "ffn_norm/scale", "norm/scale")
+_MATRICES = ("embed", "q", "k", "v", "o", "gate", "down", "up", "output")
+_LEGACY = ("embed", "attention_norm/scale", "q", "k", "v", "o", "ffn_norm/scale", *_MATRICES[5:8])
+
+
+def open_file(file: Path, tokenizer: Tokenizer | None) -> Source:
+    version, model, context, group, at = read_header(file)
+    if version == 0:
+        order = [*_LEGACY, "norm/scale", "rotary", "output"]
+    else:
+        order = [*_NORMS, *_MATRICES]
+    by_end = {_end(unit.row.path): unit.row for unit in names.units(model)}
+    places: dict[str, tuple[Stored, ...]] = {}
+    for end in order:
+        if end == "rotary":
+            at = _check_rotary(file, model, context, at)
+        elif end in by_end:
+            for unit in (u for u in names.units(model) if _end(u.row.path) == end):
+                places[unit.hf], at = _place(file, unit, model, group, at)
+    if at != size(file):
+        raise ValueError(
+            f"{file} should have {at:,} bytes for what its header says, but has {size(file):,}; "
+            f"the first tensor beyond its end is {_beyond(places, size(file))}"
+        )
+    return Source(
+        "llama2c",
+        model,
+        context,
+        dict.fromkeys(places, FLOAT),
+        functools.partial(_read, model, places, group),
+        lambda unit: file,
+        (file,),
+        tokenizer,
+        notes=(f"llama2.c version {version}{f', int8 in groups of {group}' if group else ''}",),
+    )
+
+
+def read_header(file: Path) -> tuple[int, config.Model, int, int, int]:
+    """version, settings, positions, group size (0: not quantised), the byte where the tensors begin."""
+    with open(file, "rb") as f:
+        raw = f.read(256)
+    if len(raw) < 28:
+        raise ValueError(f"{file} has {len(raw)} bytes, too few for a llama2.c checkpoint")
+    version, at = 0, 28
+    if struct.unpack_from("<I", raw)[0] == MAGIC:
+        if len(raw) < 256:
+            raise ValueError(f"{file} is cut off inside its header")
+        version, at = struct.unpack_from("<i", raw, 4)[0], 256
+        if version not in (1, 2):
+            raise ValueError(
+                f"{file}: llama2.c version {version} is not known; 0, 1 and 2 are read"
+            )
+    sizes = struct.unpack_from("<7i", raw, 8 if version else 0)
+    dim, ffn_dim, layers, heads, kv_heads, vocab_size, context = sizes
+    tied = raw[36] == 1 if version else vocab_size > 0
+    if (
+        min(*sizes[:5], abs(vocab_size), context) <= 0
+        or dim % heads
+        or max(map(abs, sizes)) > 2**24
+    ):
+        raise ValueError(f"{file} is not a llama2.c checkpoint: its header says {sizes}")
+    group = struct.unpack_from("<i", raw, 37)[0] if version == 2 else 0
+    if version == 2 and (group <= 0 or dim % group):
+        raise ValueError(f"{file}: groups of {group} must divide dim={dim}")
+    model = config.Model(
+        vocab_size=abs(vocab_size),
+        dim=dim,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=dim // heads,
+        ffn_dim=ffn_dim,
+        norm_eps=1e-5,
+        output="tied" if tied else "untied",
+        compute_dtype="float32",
+    )
+    return version, model, context, group, at
+
+
+def _end(path: str) -> str:
+    """ "attention/q" and "ffn/gate" by their last word, norms by the last two."""
+    words = path.split("/")
+    return "/".join(words[-2:]) if words[-1] == "scale" else words[-1]
+
+
+def _place(file: Path, unit: Unit, model, group: int, at: int) -> tuple[tuple[Stored, ...], int]:
+    shape = names.torch_shape(unit.row, model)
+    values = Stored(file, unit.hf, INT8 if group and len(shape) == 2 else FLOAT, shape, at)
+    at += values.nbytes
+    if values.dtype == FLOAT:
+        return (values,), at
+    scales = Stored(file, f"{unit.hf} (scales)", FLOAT, (math.prod(shape) // group,), at)
+    return (values, scales), at + scales.nbytes
+
+
+def _check_rotary(file: Path, model: config.Model, context: int, at: int) -> int:
+    """Version 0 holds tables of cosines and sines. They must be those of rotary base 10,000."""
+    shape = (context, model.head_dim // 2)
+    tables = [Stored(file, name, FLOAT, shape, at) for name in ("rotary cosines", "rotary sines")]
+    tables[1] = tables[1]._replace(offset=at + tables[0].nbytes)
+    after = tables[1].offset + tables[1].nbytes
+    if after <= size(file) and context > 1:
+        cos, sin = (table.rows(1, 2)[0] for table in tables)
+        inverse = model.rope.theta ** -(np.arange(0, model.head_dim, 2) / model.head_dim)
+        given = bool(np.any(sin))  # some writers leave the tables empty: run.c skips them
+        if given and not np.allclose([cos, sin], [np.cos(inverse), np.sin(inverse)], atol=1e-4):
+            theta = math.atan2(float(sin[1]), float(cos[1])) ** (-model.head_dim / 2)
+            raise ValueError(
+                f"{file}: its rotary table has base {theta:.0f}, but llama2.c computes with 10000"
+            )
+    return after
+
+
+def _beyond(places: dict[str, tuple[Stored, ...]], length: int) -> str:
+    for name, stored in places.items():
+        if stored[-1].offset + stored[-1].nbytes > length:
+            return name
+    return "none: there is more behind the last"
+
+
+def _read(model, places, group: int, unit: Unit, start: int, stop: int) -> np.ndarray:
+    values, *scales = places[unit.hf]
+    rows = values.rows(start, stop)
+    if scales:
+        # A group may begin in one row and end in the next.
+        width = values.shape[1]
+        first, last = start * width // group, -(-stop * width // group)
+        factors = np.repeat(scales[0].rows(first, last), group)[start * width - first * group :]
+        rows = rows * factors[: rows.size].reshape(rows.shape)
+    return names.half_split(rows, model.head_dim) if unit.row.pairs else rows

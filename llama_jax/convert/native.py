@@ -1,0 +1,168 @@
+"""Our own folders: a converted model, or the workdir of a training run.
+
+A model's folder holds `model.json` (settings, tokenizer, where it came from), `params` (an Orbax checkpoint
+of the parameter tree, layers stacked, arrays in pieces of at most BLOCK_BYTES so that a host reads only what
+its devices hold), the tokenizer's file, and `huggingface/` when small files came with it.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from orbax.checkpoint import type_handlers
+
+from llama_jax import config, dims, tree
+from llama_jax.convert import names
+from llama_jax.convert.names import Unit
+from llama_jax.convert.source import Source, Tokenizer, tokenizer_of
+from llama_jax.model import transformer
+from llama_jax.model.transformer import Transformer
+
+MODEL, PARAMS, TOKENIZER, CARRIED = "model.json", "params", "tokenizer.model", "huggingface"
+
+
+def is_native(folder: Path) -> bool:
+    return (folder / MODEL).is_file() or (folder / "run.json").is_file()
+
+
+def settings(folder: Path) -> tuple[config.Model, int, Tokenizer | None]:
+    """Settings, positions trained for and tokenizer of a folder. ValueError if it is not one of ours."""
+    try:
+        if (folder / MODEL).is_file():
+            said = json.loads((folder / MODEL).read_text())
+            model = config.from_dict(said["model"], config.Model, "model")
+            context, bytewise = said["context"], said["tokenizer"] == "byte"
+        else:
+            run = config.from_dict(json.loads((folder / "run.json").read_text()))
+            model = run.model
+            context, bytewise = run.data.seq_len, run.data.tokenizer.kind == "byte"
+    except OSError as error:
+        raise ValueError(
+            f"{folder} is no model of ours: it has no {MODEL} and no run.json"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: its settings cannot be read ({error})") from error
+    if (folder / TOKENIZER).is_file():
+        return model, context, tokenizer_of((folder / TOKENIZER).read_bytes())
+    return model, context, Tokenizer("byte") if bytewise else None
+
+
+def load(folder: Path, module: Transformer) -> Any:
+    """The parameters, float32, in the shardings of `module.layout`: a host reads what its devices hold."""
+    arrays = _arrays(folder)
+    shapes, letters = transformer.abstract(module), transformer.letters(module)
+    differing = [
+        f"{name}: {arrays[name].shape if name in arrays else 'absent'} -> {leaf.shape}"
+        for name, leaf in tree.paths(shapes).items()
+        if name not in arrays or arrays[name].shape != leaf.shape
+    ]
+    if differing:
+        raise ValueError(f"{folder} does not hold the parameters of its settings: {differing[0]}")
+    target = jax.tree.map(
+        lambda leaf, label: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=module.layout.param(label)
+        ),
+        shapes,
+        letters,
+    )
+    place, prefix = _place(folder)
+    args = ocp.args.PyTreeRestore(
+        item={"params": target} if prefix else target,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(
+            {"params": target} if prefix else target
+        ),
+        partial_restore=bool(prefix),
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        restored = checkpointer.restore(place, args=args)
+    return restored["params"] if prefix else restored
+
+
+def open_folder(folder: Path, tokenizer: Tokenizer | None) -> Source:
+    model, context, own = settings(folder)
+    arrays = _arrays(folder)
+    for unit in names.units(model):
+        if unit.path not in arrays:
+            raise ValueError(f"{folder} lacks the array {unit.path}")
+        shape = _stacked_shape(unit, model)
+        if arrays[unit.path].shape != shape:
+            raise ValueError(
+                f"{folder}: {unit.path} has shape {list(arrays[unit.path].shape)}, but the settings "
+                f"say {list(shape)}"
+            )
+    place, _ = _place(folder)
+    carried = (folder / CARRIED).glob("*") if (folder / CARRIED).is_dir() else ()
+    return Source(
+        "native",
+        model,
+        context,
+        {unit.hf: arrays[unit.path].dtype.numpy_dtype for unit in names.units(model)},
+        functools.partial(_read, model, arrays),
+        lambda unit: place,
+        tuple(sorted(file for file in place.rglob("*") if file.is_file())),
+        tokenizer or own,
+        carried={file.name: file.read_bytes() for file in carried},
+        notes=(f"the parameters in {place}",),
+    )
+
+
+def _read(model: config.Model, arrays, unit: Unit, start: int, stop: int) -> np.ndarray:
+    rows = (
+        slice(start // names.unit_rows(unit.row, model), stop // names.unit_rows(unit.row, model)),
+    )
+    index = (slice(None),) * names.lead(unit.row) + rows
+    if unit.group >= 0:
+        index = (unit.group, *index)
+    return names.to_torch(arrays[unit.path][index].read().result(), unit.row, model)
+
+
+def _stacked_shape(unit: Unit, model: config.Model) -> tuple[int, ...]:
+    size = dims.sizes(model)
+    letters = ("L" if unit.group >= 0 else "") + unit.row.letters
+    return tuple(size[letter] for letter in letters)
+
+
+def _place(folder: Path) -> tuple[Path, str]:
+    """The Orbax checkpoint of a folder, and what stands before the parameters' names in it."""
+    if (folder / PARAMS).is_dir():
+        return folder / PARAMS, ""
+    steps = [
+        p for p in (folder / "checkpoints").glob("*") if p.name.isdigit() and (p / "state").is_dir()
+    ]
+    if not steps:
+        raise ValueError(f"{folder} holds no finished checkpoint; train it first")
+    return max(steps, key=lambda step: int(step.name)) / "state", "params."
+
+
+def _arrays(folder: Path) -> dict[str, ts.TensorStore]:
+    """{path in the parameter tree: the stored array}, opened, nothing read."""
+    place, prefix = _place(folder)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            metadata = checkpointer.metadata(place).item_metadata
+        return {
+            leaf.name.removeprefix(prefix).replace(".", "/"): _open(leaf, metadata.use_zarr3)
+            for leaf in jax.tree.leaves(metadata.tree)
+            if leaf.name.startswith(prefix)
+        }
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{place} is not a readable checkpoint ({error})") from error
+
+
+def _open(leaf: Any, zarr3: bool) -> ts.TensorStore:
+    ocdbt = type_handlers.is_ocdbt_checkpoint(leaf.directory)
+    context = type_handlers.get_ts_context(use_ocdbt=ocdbt)
+    info = type_handlers.ParamInfo(
+        name=leaf.name,
+        parent_dir=leaf.directory,
+        is_ocdbt_checkpoint=ocdbt,
+        use_zarr3=zarr3,
+        ts_context=context,
+    )
+    spec = type_handlers.get_json_tspec_read(info, use_ocdbt=ocdbt)
+    return ts.open(spec, read=True, open=True, context=context).result()

@@ -1,0 +1,50 @@
+"""What every kind of checkpoint gives once it is opened: settings, and rows of tensors in one layout."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from llama_jax import config
+from llama_jax.convert.names import Unit
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """kind "sp" or "bpe" and the content of its model file; "byte" has none."""
+
+    kind: str
+    content: bytes = b""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An opened checkpoint: headers read and checked, tensors not yet.
+
+    `read(unit, start, stop)` gives rows of the hub layout: torch's matrix, half-split. Whole heads only.
+    """
+
+    format: str
+    model: config.Model
+    context: int  # positions it was trained for
+    dtypes: dict[str, np.dtype]  # by Hugging Face's names
+    read: Callable[[Unit, int, int], np.ndarray]
+    where: Callable[[Unit], Path]  # the file of a tensor, for messages
+    files: tuple[Path, ...]
+    tokenizer: Tokenizer | None = None
+    carried: dict[str, bytes] = dataclasses.field(
+        default_factory=dict
+    )  # Hugging Face's small files
+    notes: tuple[str, ...] = ()  # what was decided, worth a line to the user
+
+
+def compute_dtype(dtypes: dict[str, np.dtype]) -> str:
+    """The dtype to compute in: that of the weights, bfloat16 for float16's range."""
+    return "float32" if any(d.name == "float32" for d in dtypes.values()) else "bfloat16"
+
+
+def tokenizer_of(content: bytes) -> Tokenizer:
+    """The tokenizer in a file: tiktoken ranks are lines of text, a SentencePiece model is not."""
+    return Tokenizer("bpe" if re.match(rb"[A-Za-z0-9+/=]+ \d+\r?\n", content) else "sp", content)

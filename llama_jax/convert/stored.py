@@ -1,0 +1,77 @@
+"""A tensor inside a file: where it lies and how its rows are read, without the rest of the file."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+# The dtypes in which weights of the family are published, by safetensors' names.
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+# The bits of infinity without its sign: NaN and the infinities are at or above.
+_INFINITY = {"float32": 0x7F80_0000, "float16": 0x7C00, "bfloat16": 0x7F80}
+_CHECKED = 1 << 17  # elements at a time: they stay in the cache
+
+
+class Stored(NamedTuple):
+    """Row-major elements of `dtype`, from byte `offset` on."""
+
+    file: Path
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Elements start..stop along the first axis. ValueError if the file ends before them."""
+        out = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        row_bytes = self.nbytes // max(self.shape[0], 1)
+        view = memoryview(out.reshape(-1).view(np.uint8))
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(self.offset + start * row_bytes)
+            done = 0
+            while done < len(view):
+                got = file.readinto(view[done:])
+                if not got:
+                    raise ValueError(f"{self.file}: {self.name} is cut off; fetch the file again")
+                done += got
+        return out
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        if self.shape != shape:
+            raise ValueError(
+                f"{self.file}: {self.name} has shape {list(self.shape)}, but the settings of the "
+                f"checkpoint say {list(shape)}"
+            )
+
+
+def check_finite(rows: np.ndarray, file: Path, name: str) -> None:
+    """ValueError if an element is NaN or infinite."""
+    unsigned = rows.reshape(-1).view(f"u{rows.dtype.itemsize}")
+    infinity, wrong = _INFINITY[rows.dtype.name], 0
+    for start in range(0, unsigned.size, _CHECKED):
+        magnitude = unsigned[start : start + _CHECKED] & (np.iinfo(unsigned.dtype).max // 2)
+        if magnitude.max() >= infinity:
+            wrong += int(np.count_nonzero(magnitude >= infinity))
+    if wrong:
+        raise ValueError(
+            f"{file}: {name} holds {wrong:,} values that are NaN or infinite among {rows.size:,}; "
+            "the file is damaged, or the training that wrote it diverged"
+        )
+
+
+def size(file: Path) -> int:
+    """Bytes of a file. ValueError if it is not there."""
+    try:
+        return os.stat(file).st_size
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error

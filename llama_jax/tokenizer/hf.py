@@ -1,0 +1,292 @@
+"""Tokenizer files as Hugging Face's `tokenizers` and `transformers` read them, and Llama 3's back.
+
+The layout of tokenizer.json is that of the `tokenizers` library (model, normalizer, pre_tokenizer,
+post_processor, decoder, added_tokens); its settings here are those of the files published with
+meta-llama/Llama-2-7b-hf and meta-llama/Llama-3.1-8B, which begin every text with the begin token.
+"""
+
+import base64
+import json
+from collections.abc import Mapping
+
+from llama_jax.tokenizer import bpe
+
+SPACE = "\u2581"  # SentencePiece's visible space
+# Hugging Face's published names of the 256 specials. Ids are Meta's; Meta calls id 128005 <|step_id|>
+# where Hugging Face has another reserved name, so that later reserved names differ by one.
+SPECIALS = (
+    *bpe.NAMED[: bpe.NAMED.index("<|step_id|>")],
+    "<|reserved_special_token_2|>",
+    *bpe.NAMED[bpe.NAMED.index("<|step_id|>") + 1 :],
+    *(f"<|reserved_special_token_{3 + i}|>" for i in range(256 - len(bpe.NAMED))),
+)
+# The specials that every Llama 3 has by one name: 3.0 had not named the others yet.
+_SHARED = (0, 1, 6, 7, 9)
+
+
+def hf_files(kind: str, content: bytes) -> dict[str, bytes]:
+    """Name -> content of the tokenizer files of an export directory.
+
+    `kind` is that of the config, "sp" or "bpe"; `content` the SentencePiece model or the ranks.
+    The class is PreTrainedTokenizerFast: it takes tokenizer.json as it is, in transformers 4 and 5.
+    LlamaTokenizer of transformers 5 rebuilds it, and then drops the first of two leading spaces.
+    """
+    if kind == "sp":
+        tokenizer, bos, eos = sp_to_hf_json(content), "<s>", "</s>"
+    elif kind == "bpe":
+        tokenizer, bos, eos = ranks_to_hf_json(content), SPECIALS[0], SPECIALS[1]
+    else:
+        raise ValueError(
+            f"data.tokenizer.kind={kind!r} has no Hugging Face form; 'sp' or 'bpe' has"
+        )
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "unk_token": "<unk>" if kind == "sp" else None,
+        "clean_up_tokenization_spaces": False,  # transformers 4 takes spaces from text otherwise
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    files = {"tokenizer.json": _dump(tokenizer), "tokenizer_config.json": _dump(config)}
+    return files | {"tokenizer.model": content} if kind == "sp" else files
+
+
+def ranks_to_hf_json(content: bytes) -> dict:
+    """Tiktoken ranks (lines `base64 rank`) as a tokenizer.json with the same ids."""
+    ranks = bpe.parse(content, "ranks")
+    spelt = {token: _spell(token) for token in ranks}
+    pairs = (pair for token in ranks for pair in sorted(_splits(token, ranks)))
+    split = {"type": "Split", "pattern": {"Regex": bpe.PATTERN}, "behavior": "Isolated"}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    return _document(
+        added=[_added(len(ranks) + i, name) for i, name in enumerate(SPECIALS)],
+        normalizer=None,
+        pre_tokenizer={
+            "type": "Sequence",
+            "pretokenizers": [split | {"invert": False}, byte_level | {"use_regex": False}],
+        },
+        post_processor=_begin(SPECIALS[0], len(ranks)),
+        decoder=byte_level | {"use_regex": True},
+        model={
+            "unk_token": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,
+            "vocab": {spelt[token]: rank for token, rank in ranks.items()},
+            "merges": [f"{spelt[left]} {spelt[right]}" for _, _, left, right in pairs],
+        },
+    )
+
+
+def hf_json_to_ranks(content: str | bytes) -> bytes:
+    """The tiktoken ranks in a Llama 3 tokenizer.json. ValueError where it is another tokenizer."""
+    try:
+        document = json.loads(content)
+        model, added = document["model"], document["added_tokens"]
+        vocab, merges = model["vocab"], model["merges"]
+        pre_tokenizer = document["pre_tokenizer"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"tokenizer.json is not a BPE tokenizer of Hugging Face: {error}"
+        ) from error
+    _check_kind(model, pre_tokenizer)
+    tokens = sorted(vocab, key=vocab.get)
+    if [vocab[token] for token in tokens] != list(range(len(vocab))):
+        raise ValueError(
+            f"tokenizer.json: the ids of model.vocab ({len(vocab)}) must be 0..{len(vocab) - 1}"
+        )
+    _check_specials(added, len(vocab))
+    _check_merges(merges, vocab)
+    letters = {char: byte for byte, char in enumerate(_ALPHABET)}
+    try:
+        raw = [bytes(letters[char] for char in token) for token in tokens]
+    except KeyError as error:
+        raise ValueError(
+            f"tokenizer.json: character {error} in model.vocab is outside of the byte alphabet"
+        ) from error
+    lines = b"".join(b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(raw))
+    bpe.parse(lines, "tokenizer.json")
+    return lines
+
+
+def sp_to_hf_json(content: bytes) -> dict:
+    """A SentencePiece model with LLaMA's settings as a tokenizer.json with the same ids.
+
+    Two splits of one piece that overlap in the text ("ab|a" and "a|ba" in "abaaba"'s middle) are
+    merged from the left by SentencePiece and in the order of `merges` here, the longer left part
+    first: 10,000 random strings hold no such text for LLaMA's pieces.
+    """
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    model = proto.ModelProto()
+    try:
+        model.ParseFromString(content)
+    except DecodeError as error:
+        raise ValueError(f"not a SentencePiece model ({len(content)} bytes): {error}") from error
+    _check_model(model, proto)
+    kinds = proto.ModelProto.SentencePiece
+    vocab = {piece.piece: i for i, piece in enumerate(model.pieces)}
+    scores = {p.piece: p.score for p in model.pieces if p.type == kinds.NORMAL}
+    order = sorted(scores, key=lambda name: (-scores[name], vocab[name]))
+    pairs = (pair for name in order for pair in _splits(name, scores)[::-1])
+    specials = [i for i, p in enumerate(model.pieces) if p.type in (kinds.UNKNOWN, kinds.CONTROL)]
+    bos, unknown = model.trainer_spec.bos_id, model.trainer_spec.unk_id
+    return _document(
+        added=[_added(i, model.pieces[i].piece) for i in specials],
+        normalizer={
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": SPACE},
+                {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+            ],
+        },
+        pre_tokenizer=None,
+        post_processor=_begin(model.pieces[bos].piece, bos),
+        decoder={
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        model={
+            "unk_token": model.pieces[unknown].piece,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": [f"{left} {right}" for _, _, left, right in pairs],
+        },
+    )
+
+
+def _document(added, normalizer, pre_tokenizer, post_processor, decoder, model) -> dict:
+    bpe_model = {
+        "type": "BPE",
+        "dropout": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": post_processor,
+        "decoder": decoder,
+        "model": bpe_model | model,
+    }
+
+
+def _added(i: int, name: str) -> dict:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": i, "content": name, **flags, "special": True}
+
+
+def _begin(name: str, i: int) -> dict:
+    """Puts the begin token before a text, and before each of a pair."""
+    begin = {"SpecialToken": {"id": name, "type_id": 0}}
+    first, second = ({"Sequence": {"id": s, "type_id": n}} for n, s in enumerate("AB"))
+    return {
+        "type": "TemplateProcessing",
+        "single": [begin, first],
+        "pair": [begin, first, {"SpecialToken": {"id": name, "type_id": 1}}, second],
+        "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]}},
+    }
+
+
+def _splits(token, known: Mapping) -> list[tuple]:
+    """Every way to make a token of two known ones: (value of left, of right, left, right)."""
+    cuts = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+    return [(known[a], known[b], a, b) for a, b in cuts if a in known and b in known]
+
+
+def _check_kind(model: dict, pre_tokenizer) -> None:
+    if model.get("type") != "BPE" or model.get("byte_fallback") or not pre_tokenizer:
+        raise ValueError(
+            f"tokenizer.json: model.type={model.get('type')!r} with byte_fallback="
+            f"{model.get('byte_fallback')} is no byte-level BPE; for SentencePiece's use the "
+            "tokenizer.model beside it"
+        )
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    patterns = [step["pattern"].get("Regex") for step in steps if step["type"] == "Split"]
+    if patterns != [bpe.PATTERN] or "ByteLevel" not in [step["type"] for step in steps]:
+        raise ValueError(
+            f"tokenizer.json: pre_tokenizer splits by {patterns}, Llama 3 by {bpe.PATTERN!r} and "
+            "then to bytes; it is another model's"
+        )
+    if not model.get("ignore_merges"):
+        raise ValueError("tokenizer.json: model.ignore_merges must be true, as Llama 3 has it")
+
+
+def _check_specials(added: list[dict], first: int) -> None:
+    names = {token["id"]: token["content"] for token in added}
+    if sorted(names) != list(range(first, first + len(SPECIALS))):
+        raise ValueError(
+            f"tokenizer.json: {len(names)} added tokens from id {min(names, default=0)}; Llama 3 has "
+            f"{len(SPECIALS)} from id {first}"
+        )
+    for i in _SHARED:
+        if names[first + i] != SPECIALS[i]:
+            raise ValueError(
+                f"tokenizer.json: id {first + i} is {names[first + i]!r}, Llama 3's is "
+                f"{SPECIALS[i]!r}; it is another model's"
+            )
+
+
+def _check_merges(merges: list, vocab: dict[str, int]) -> None:
+    """Merges in the order of the ids they give: then the lowest id first is the same rule."""
+    pairs = [
+        tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges
+    ]
+    made = [vocab.get("".join(pair), -1) for pair in pairs]
+    if -1 in made or made != sorted(made):
+        raise ValueError(
+            "tokenizer.json: model.merges must give tokens of model.vocab in the order of their "
+            "ids, else ranks cannot say the same"
+        )
+
+
+def _check_model(model, proto) -> None:
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    kinds = proto.ModelProto.SentencePiece
+    odd = [p.piece for p in model.pieces if p.type in (kinds.USER_DEFINED, kinds.UNUSED)]
+    rules = {
+        "model_type BPE": trainer.model_type == proto.TrainerSpec.BPE,
+        "byte_fallback": trainer.byte_fallback,
+        "the identity normalizer": not normalizer.precompiled_charsmap,
+        "add_dummy_prefix": normalizer.add_dummy_prefix,
+        "escape_whitespaces": normalizer.escape_whitespaces,
+        "no remove_extra_whitespaces": not normalizer.remove_extra_whitespaces,
+        f"no user-defined or unused pieces (it has {odd[:3]})": not odd,
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            raise ValueError(
+                f"SentencePiece model: Hugging Face's form needs {rule}, as LLaMA's has it"
+            )
+
+
+def _spell(token: bytes) -> str:
+    return "".join(_ALPHABET[byte] for byte in token)
+
+
+def _alphabet() -> str:
+    """GPT-2's character for every byte: itself where it prints, else the next from U+0100 on."""
+    printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printing]
+    chars = {byte: chr(byte) for byte in printing}
+    chars |= {byte: chr(0x100 + i) for i, byte in enumerate(others)}
+    return "".join(chars[byte] for byte in range(256))
+
+
+def _dump(document: dict) -> bytes:
+    return (json.dumps(document, ensure_ascii=False, indent=2) + "\n").encode()
+
+
+_ALPHABET = _alphabet()

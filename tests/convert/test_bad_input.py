@@ -1,0 +1,451 @@
+"""What is wrong with a checkpoint is said in one line that names file and tensor, and nothing is written."""
+
+import dataclasses
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import synthetic
+from llama_jax.convert import folder, formats, names
+from tests.convert import small
+from tests.convert.small import MODEL
+
+GATE = "model.layers.1.mlp.gate_proj.weight"
+WQ = "layers.1.attention.wq.weight"
+
+
+@pytest.fixture
+def to(tmp_path):
+    return tmp_path / "to"
+
+
+def refused(came: Path, to: Path, *words: str, kind: str = "native", dtype=None) -> str:
+    """The message of the refusal, which must have all the words; nothing may be written."""
+    with pytest.raises(ValueError, match=r".") as error:
+        small.convert(came, to, kind, dtype)
+    small.assert_nothing_written(to)
+    message = str(error.value)
+    for word in words:
+        assert word in message, message
+    assert "\n" not in message
+    return message
+
+
+# safetensors
+
+
+OFFSETS = {
+    "overlapping": lambda h: h[GATE].update(data_offsets=[n - 4 for n in h[GATE]["data_offsets"]]),
+    "negative": lambda h: h[GATE].update(
+        data_offsets=[-8, h[GATE]["data_offsets"][1] - h[GATE]["data_offsets"][0] - 8]
+    ),
+    "beyond the file": lambda h: h[GATE].update(
+        data_offsets=[n + 10**9 for n in h[GATE]["data_offsets"]]
+    ),
+    "not whole": lambda h: h[GATE].update(data_offsets=[0.5, 7]),
+    "not two": lambda h: h[GATE].update(data_offsets=[1, 2, 3]),
+    "too short for the shape": lambda h: h[GATE].update(shape=[20, 25]),
+    "of a dtype that is not a weight's": lambda h: h[GATE].update(dtype="I8"),
+    "without a shape": lambda h: h[GATE].pop("shape"),
+}
+
+
+@pytest.mark.parametrize("change", OFFSETS.values(), ids=OFFSETS)
+def test_offsets_of_safetensors(tmp_path, to, change):
+    came = small.hf(tmp_path / "hf")
+    small.safetensors(came / "model.safetensors", small.state(), change)
+    refused(came, to, str(came / "model.safetensors"), GATE)
+
+
+def test_a_name_that_is_twice_in_a_header(tmp_path, to):
+    came = small.hf(tmp_path / "hf")
+    entry = '"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+    raw = f"{{{entry}, {entry}}}".encode()
+    data = struct.pack("<Q", len(raw)) + raw + bytes(4)
+    (came / "model.safetensors").write_bytes(data)
+    refused(came, to, "model.safetensors", "'a' is there twice")
+
+
+@pytest.mark.parametrize("cut", [4, 100, -1], ids=["in the length", "in the header", "in the data"])
+def test_truncated_safetensors(tmp_path, to, cut):
+    came = small.hf(tmp_path / "hf")
+    file = came / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:cut])
+    refused(came, to, str(file), "cut off")
+
+
+def test_bytes_behind_the_last_tensor(tmp_path, to):
+    came = small.hf(tmp_path / "hf")
+    with open(came / "model.safetensors", "ab") as file:
+        file.write(b"more")
+    refused(came, to, "model.safetensors", "lm_head.weight")
+
+
+# Hugging Face's index and settings
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", "..", "a/b", 3])
+def test_an_index_that_points_outside_its_folder(tmp_path, to, name):
+    came = small.hf_shards(tmp_path / "hf")
+    index = came / "model.safetensors.index.json"
+    where = json.loads(index.read_text())
+    where["weight_map"][GATE] = name
+    index.write_text(json.dumps(where))
+    refused(came, to, str(index), repr(name))
+
+
+def test_a_missing_shard(tmp_path, to):
+    came = small.hf_shards(tmp_path / "hf")
+    (came / "model-00002-of-00002.safetensors").unlink()
+    refused(came, to, "model-00002-of-00002.safetensors is missing", "model.layers.0")
+
+
+def test_a_shard_that_is_a_copy_of_another(tmp_path, to):
+    came = small.hf_shards(tmp_path / "hf")
+    shutil.copy(
+        came / "model-00001-of-00002.safetensors", came / "model-00002-of-00002.safetensors"
+    )
+    refused(came, to, "model.embed_tokens.weight is in", "model-00002-of-00002.safetensors")
+
+
+def test_an_index_that_names_a_tensor_that_is_not_there(tmp_path, to):
+    came = small.hf_shards(tmp_path / "hf")
+    index = came / "model.safetensors.index.json"
+    where = json.loads(index.read_text())
+    where["weight_map"]["model.layers.7.mlp.up_proj.weight"] = "model-00001-of-00002.safetensors"
+    index.write_text(json.dumps(where))
+    refused(came, to, "model-00001-of-00002.safetensors lacks model.layers.7.mlp.up_proj.weight")
+
+
+def test_a_missing_tensor(tmp_path, to):
+    tensors = small.state()
+    del tensors[GATE]
+    refused(small.hf(tmp_path / "hf", tensors), to, "lacks", GATE)
+
+
+def test_a_tensor_that_no_llama_has(tmp_path, to):
+    tensors = {**small.state(), "model.layers.0.self_attn.q_proj.bias": np.zeros(24, np.float32)}
+    refused(small.hf(tmp_path / "hf", tensors), to, "q_proj.bias", "model.safetensors")
+
+
+def test_a_wrong_shape(tmp_path, to):
+    tensors = small.state()
+    tensors[GATE] = tensors[GATE].T.copy()
+    refused(small.hf(tmp_path / "hf", tensors), to, "model.safetensors", GATE, "[24, 20]")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_tensor_that_is_not_finite(tmp_path, to, value, dtype):
+    tensors = small.state(dtype=dtype)
+    tensors[GATE][3, 5] = value
+    refused(
+        small.hf(tmp_path / "hf", tensors), to, "model.safetensors", GATE, "1 values that are NaN"
+    )
+
+
+def test_values_that_a_narrower_dtype_cannot_hold(tmp_path, to):
+    tensors = small.state()
+    tensors[GATE][0, 0] = 1e6
+    came = small.hf(tmp_path / "hf", tensors)
+    refused(came, to, GATE, "float16 cannot hold", dtype=np.dtype(np.float16))
+
+
+SETTINGS = {
+    "another kind of model": {"model_type": "mistral"},
+    "another activation": {"hidden_act": "gelu"},
+    "biases": {"attention_bias": True},
+    "biases of the feed-forward": {"mlp_bias": True},
+    "quantised": {"quantization_config": {"bits": 4}},
+    "another rope scaling": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "an older rope scaling": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "rope said twice, differently": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}
+    },
+    "a number as a word": {"hidden_size": "24"},
+    "no heads": {"num_attention_heads": None},
+    "kv heads that do not divide": {"num_key_value_heads": 4},
+}
+
+
+@pytest.mark.parametrize("others", SETTINGS.values(), ids=SETTINGS)
+def test_settings_that_are_not_computed_here(tmp_path, to, others):
+    came = small.hf(tmp_path / "hf", **others)
+    name = next(iter(others))
+    word = {"rope_scaling": "rope scaling", "num_key_value_heads": "model.kv_heads=4"}.get(
+        name, name
+    )
+    refused(came, to, word)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+def test_a_config_that_is_missing_or_damaged(tmp_path, to, content):
+    came = small.hf(tmp_path / "hf")
+    (came / "config.json").unlink()
+    if content is not None:
+        (came / "config.json").write_text(content)
+    refused(came, to, str(came / "config.json"))
+
+
+# Meta's files
+
+
+@pytest.fixture
+def meta(tmp_path):
+    synthetic.write(tmp_path / "meta", MODEL, 2, np.dtype(np.float32))
+    return tmp_path / "meta"
+
+
+def hostile(what) -> bytes:
+    class Evil:
+        def __reduce__(self):
+            return what
+
+    return pickle.dumps({"tok_embeddings.weight": Evil()}, protocol=2)
+
+
+def rezip(file: Path, content: bytes, **options) -> None:
+    """The file again, its pickle replaced."""
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", **options) as archive:
+        for name, old in members.items():
+            archive.writestr(name, content if name.endswith("data.pkl") else old)
+
+
+@pytest.mark.parametrize(
+    ("what", "asked"),
+    [
+        ((os.system, ("touch {}/ran",)), "posix.system"),
+        ((eval, ("open('{}/ran', 'w')",)), "builtins.eval"),
+        ((getattr, (dict, "clear")), "builtins.getattr"),
+    ],
+    ids=["system", "eval", "getattr"],
+)
+def test_a_hostile_pickle_is_refused_and_not_run(meta, tmp_path, to, what, asked):
+    function, arguments = what
+    arguments = tuple(a.format(tmp_path) if isinstance(a, str) else a for a in arguments)
+    file = meta / "consolidated.00.pth"
+    rezip(file, hostile((function, arguments)))
+    module, _, name = asked.partition(".")
+    message = refused(meta, to, str(file), name, "refused")
+    assert module in message.replace("__builtin__", "builtins")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x80\x02.",
+        b"\x80\x02K\x01.",
+        b"garbage",
+        pickle.dumps([1, 2]),
+        b"\x80\x02X\xff\xff\xff\x7f",
+    ],
+)
+def test_a_damaged_pickle(meta, to, content):
+    rezip(meta / "consolidated.01.pth", content)
+    refused(meta, to, str(meta / "consolidated.01.pth"))
+
+
+def test_a_pickle_that_hides_a_function_behind_a_storage(meta, to):
+    """A persistent id is data: what it names is not called."""
+
+    class Writer(pickle.Pickler):
+        def persistent_id(self, value):
+            return ("storage", "torch.FloatStorage", "0", "cpu", 4) if value == "x" else None
+
+    raw = io.BytesIO()
+    Writer(raw, protocol=2).dump({"a": "x"})
+    rezip(meta / "consolidated.00.pth", raw.getvalue())
+    refused(meta, to, "consolidated.00.pth", "not a storage")
+
+
+def test_a_compressed_member(meta, to):
+    file = meta / "consolidated.00.pth"
+    with zipfile.ZipFile(file) as archive:
+        content = archive.read("archive/data.pkl")
+    rezip(file, content, compression=zipfile.ZIP_DEFLATED)
+    refused(meta, to, str(file), "compressed")
+
+
+@pytest.mark.parametrize("keep", [10, 2000, -30])
+def test_a_truncated_pth(meta, to, keep):
+    file = meta / "consolidated.01.pth"
+    file.write_bytes(file.read_bytes()[:keep])
+    refused(meta, to, str(file))
+
+
+def test_a_pth_whose_index_promises_more_than_its_data(meta, to):
+    file = meta / "consolidated.00.pth"
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content[:-4] if name == "archive/data/0" else content)
+    refused(meta, to, str(file), "tok_embeddings.weight", "needs")
+
+
+def test_a_storage_that_is_not_there(meta, to):
+    file = meta / "consolidated.00.pth"
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            if name != "archive/data/0":
+                archive.writestr(name, content)
+    refused(meta, to, str(file), "tok_embeddings.weight", "missing")
+
+
+def test_a_missing_part_in_the_middle(tmp_path, to):
+    model = dataclasses.replace(MODEL, heads=8, kv_heads=4)
+    synthetic.write(tmp_path / "meta", model, 4, np.dtype(np.float32))
+    (tmp_path / "meta/consolidated.02.pth").unlink()
+    refused(tmp_path / "meta", to, "consolidated.02.pth is missing")
+
+
+def test_a_missing_last_part(meta, to):
+    (meta / "consolidated.01.pth").unlink()
+    refused(meta, to, "consolidated.00.pth", "1 of 2 files are missing")
+
+
+def test_a_part_that_is_a_copy_of_another(meta, to):
+    shutil.copy(meta / "consolidated.00.pth", meta / "consolidated.01.pth")
+    refused(meta, to, "consolidated.01.pth", "copy", "consolidated.00.pth")
+
+
+def test_a_part_under_a_strange_name(meta, to):
+    shutil.copy(meta / "consolidated.01.pth", meta / "consolidated.01 (1).pth")
+    refused(meta, to, "consolidated.01 (1).pth")
+
+
+def test_a_part_of_another_model(meta, tmp_path, to):
+    """Repeated norms must be the same in every part."""
+    synthetic.write(tmp_path / "other", MODEL, 2, np.dtype(np.float32), seed=1)
+    shutil.copy(tmp_path / "other/consolidated.01.pth", meta / "consolidated.01.pth")
+    refused(meta, to, "consolidated.01.pth", "attention_norm.weight differs")
+
+
+def test_a_part_with_other_shapes(meta, tmp_path, to):
+    model = dataclasses.replace(MODEL, kv_heads=6)
+    synthetic.write(tmp_path / "other", model, 2, np.dtype(np.float32))
+    shutil.copy(tmp_path / "other/consolidated.01.pth", meta / "consolidated.01.pth")
+    refused(meta, to, "consolidated.01.pth", "layers.0.attention.wk.weight")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"n_heads": 5}, "n_heads=5"),
+        ({"dim": "24"}, "dim='24'"),
+        ({"dim": 48}, "tok_embeddings.weight"),
+        ({"vocab_size": 50}, "tok_embeddings.weight"),
+        ({"multiple_of": 64}, "feed_forward.w1.weight"),
+        ({"n_layers": 3}, "layers.2.attention_norm.weight"),
+        ({"n_layers": 1}, "layers.1.attention"),
+        ({"n_kv_heads": 3}, "attention.wk.weight"),
+    ],
+    ids=str,
+)
+def test_params_that_do_not_fit_the_tensors(meta, to, change, word):
+    params = json.loads((meta / "params.json").read_text())
+    (meta / "params.json").write_text(json.dumps({**params, **change}))
+    refused(meta, to, word)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+def test_params_that_are_missing_or_damaged(meta, to, content):
+    (meta / "params.json").unlink()
+    if content is not None:
+        (meta / "params.json").write_text(content)
+    refused(meta, to, str(meta / "params.json"))
+
+
+def test_a_vocabulary_that_is_not_the_tokenizers(meta, to, shared):
+    shutil.copy(shared("tokenizers/llama2/tokenizer.model"), meta / "tokenizer.model")
+    params = json.loads((meta / "params.json").read_text())
+    (meta / "params.json").write_text(json.dumps({**params, "vocab_size": -1}))
+    refused(meta, to, "tok_embeddings.weight", "48", "the tokenizer has 32000")
+
+
+# Where it comes from and where it goes
+
+
+def test_a_place_that_does_not_exist(tmp_path, to):
+    refused(tmp_path / "none", to, str(tmp_path / "none"), "does not exist")
+
+
+def test_a_folder_without_weights(tmp_path, to):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/readme.txt").touch()
+    refused(tmp_path / "empty", to, "no checkpoint that is known", "readme.txt")
+
+
+def test_a_destination_that_is_there_is_left_alone(tmp_path):
+    came = small.hf(tmp_path / "hf")
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to/mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is there already"):
+        small.convert(came, tmp_path / "to", "native")
+    assert (tmp_path / "to/mine.txt").read_text() == "mine"
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["mine.txt"]
+
+
+def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
+    came = small.hf(tmp_path / "hf")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match=r"needs 0\.0 GiB more"):
+        small.convert(came, tmp_path / "to", "native")
+    assert not (tmp_path / "to").exists()
+
+
+INEXPRESSIBLE = {
+    "norm": "layer",
+    "position": "none",
+    "ffn": "gelu",
+    "pattern": ("self", "self"),
+}
+
+
+@pytest.mark.parametrize("kind", ["hf", "meta"])
+@pytest.mark.parametrize("name", INEXPRESSIBLE)
+def test_an_ablated_model_that_the_format_cannot_express(tmp_path, to, kind, name):
+    source = formats.open_checkpoint(small.hf(tmp_path / "hf"), "", "")
+    model = dataclasses.replace(source.model, **{name: INEXPRESSIBLE[name]})
+    source = dataclasses.replace(source, model=model)
+    with pytest.raises(ValueError, match=rf"model\.{name}=.*--format=native"):
+        folder.convert(source, to, kind, None, lambda n: None, print)
+    small.assert_nothing_written(to)
+
+
+def test_meta_cannot_say_another_head_width_or_rope(tmp_path, to):
+    model = dataclasses.replace(MODEL, head_dim=8)
+    came = small.hf(tmp_path / "hf", small.state(model), head_dim=8)
+    refused(came, to, "model.head_dim=8", kind="meta")
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0, "high_freq_factor": 4.0}
+    rope |= {"original_max_position_embeddings": 8192}
+    came = small.hf(tmp_path / "other", rope_scaling=rope)
+    refused(came, to, "model.rope.low_freq_factor=2.0", kind="meta")
+
+
+def test_check_finds_a_flipped_bit(tmp_path, to):
+    from llama_jax.convert import job
+
+    source = formats.open_checkpoint(small.hf(tmp_path / "hf"), "", "")
+    written = small.convert(tmp_path / "hf", to, "hf")
+    assert job.compare(source, written, lambda n: None) == len(names.units(MODEL))
+    raw = bytearray((to / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (to / "model.safetensors").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs"):
+        job.compare(source, written, lambda n: None)

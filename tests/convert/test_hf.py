@@ -1,0 +1,142 @@
+"""config.json of transformers 4 and 5, read and written; torch's .bin; transformers loads what is exported."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs import sizes
+from llama_jax import config
+from llama_jax.convert import formats, hf
+from tests.convert import small
+from tests.convert.small import MODEL
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+ROPE = config.Rope(theta=5e5, factor=32.0)
+
+
+@pytest.mark.parametrize(
+    ("said", "rope"),
+    [
+        ({"rope_theta": 5e5, "rope_scaling": None}, config.Rope(theta=5e5)),
+        ({"rope_theta": 5e5, "rope_scaling": LLAMA3}, ROPE),
+        ({"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}, ROPE),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, config.Rope(theta=1e6)),
+        ({"rope_theta": 5e5, "rope_parameters": LLAMA3}, ROPE),
+        (
+            {
+                "rope_theta": 5e5,
+                "rope_scaling": LLAMA3,
+                "rope_parameters": {**LLAMA3, "rope_theta": 5e5},
+            },
+            ROPE,
+        ),
+        ({}, config.Rope()),
+    ],
+    ids=["4 plain", "4 scaled", "5 scaled", "5 plain", "both, theta apart", "both", "neither"],
+)
+def test_both_spellings_of_rotary_settings(said, rope):
+    settings = small.settings()
+    del settings["rope_theta"]
+    assert hf.rope_of({**settings, **said}, Path("config.json")) == rope
+
+
+PUBLISHED = {
+    "Llama-2-7b-hf": sizes.LLAMA2_7B,
+    "Llama-2-70b-hf": sizes.LLAMA2_70B,
+    "Meta-Llama-3-8B": sizes.LLAMA3_8B,
+    "Llama-3.1-8B-Instruct": sizes.LLAMA31_8B,
+    "Llama-3.2-1B-Instruct": sizes.LLAMA32_1B,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_config_json_gives_our_published_settings(name, shared):
+    settings = json.loads(shared(f"configs/hf/{name}.config.json").read_text())
+    model, context = hf.model_of(settings, Path("config.json"))
+    assert config.to_dict(model) == config.to_dict(
+        dataclasses.replace(PUBLISHED[name], remat="none")
+    )
+    assert context == settings["max_position_embeddings"]
+
+
+@pytest.mark.parametrize(
+    "rope", [config.Rope(theta=5e5), ROPE, dataclasses.replace(ROPE, factor=8.0)]
+)
+def test_what_is_written_is_read_back(rope):
+    model = dataclasses.replace(MODEL, rope=rope, output="tied", compute_dtype="bfloat16")
+    settings = json.loads(json.dumps(hf.settings_of(model, 77, np.dtype(np.float16), {})))
+    assert hf.model_of(settings, Path("config.json")) == (model, 77)
+    for left in ("rope_parameters", "rope_scaling"):  # as each version of transformers sees it
+        part = {name: value for name, value in settings.items() if name != left}
+        assert hf.model_of(part, Path("config.json")) == (model, 77)
+
+
+@pytest.mark.parametrize("rope", [config.Rope(theta=5e5), ROPE])
+def test_transformers_reads_the_same_numbers(rope, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = dataclasses.replace(MODEL, rope=rope)
+    settings = hf.settings_of(model, 64, np.dtype(np.float16), {"bos_token_id": 7})
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert theirs.rope_parameters["rope_theta"] == rope.theta
+    assert theirs.rope_parameters["rope_type"] == ("llama3" if rope.factor > 1 else "default")
+    if rope.factor > 1:
+        for name, value in LLAMA3.items():
+            assert theirs.rope_parameters[name] == value
+    assert (theirs.hidden_size, theirs.head_dim, theirs.rms_norm_eps) == (24, 4, 1e-5)
+    assert (theirs.num_key_value_heads, theirs.tie_word_embeddings) == (2, False)
+    assert (theirs.max_position_embeddings, theirs.bos_token_id) == (64, 7)
+    assert str(theirs.dtype) == "torch.float16"
+
+
+@pytest.mark.parametrize("output", ["tied", "untied"])
+def test_a_folder_that_transformers_wrote_comes_in_and_leaves_the_same(tmp_path, output):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **{k: v for k, v in small.settings().items() if k != "rope_theta"},
+            rope_parameters={**LLAMA3, "rope_theta": 5e5},
+            tie_word_embeddings=output == "tied",
+        )
+    ).eval()
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="10KB")
+    source = formats.open_checkpoint(tmp_path / "theirs", "", "")
+    assert source.model == dataclasses.replace(MODEL, rope=ROPE, output=output)
+    small.convert(tmp_path / "theirs", tmp_path / "native", "native")
+    small.convert(tmp_path / "native", tmp_path / "ours", "hf")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert type(back) is type(theirs)
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(value, back.state_dict()[name]), name
+    prompt = torch.tensor([[1, 5, 9, 2]])
+    options = dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert torch.equal(theirs.generate(prompt, **options), back.generate(prompt, **options))
+
+
+def test_torchs_bin_files_are_read(tmp_path):
+    torch = pytest.importorskip("torch")
+    came = small.hf(tmp_path / "hf")
+    (came / "model.safetensors").unlink()
+    tensors = {name: torch.from_numpy(array) for name, array in small.state().items()}
+    torch.save(tensors, came / "pytorch_model.bin")
+    small.assert_same(small.tensors(formats.open_checkpoint(came, "", "")), small.state())
+    parts = list(tensors.items())
+    where = {}
+    for i, part in enumerate((parts[:7], parts[7:])):
+        file = f"pytorch_model-{i}.bin"
+        torch.save(dict(part), came / file)
+        where |= {name: file for name, _ in part}
+    (came / "pytorch_model.bin").unlink()
+    (came / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    small.assert_same(small.tensors(formats.open_checkpoint(came, "", "")), small.state())
