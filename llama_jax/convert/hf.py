@@ -263,6 +263,7 @@ def settings_of(model: config.Model, context: int, dtype: np.dtype, ids: dict) -
         "torch_dtype": dtype.name,
         "dtype": dtype.name,
         "use_cache": True,
+        "transformers_version": "4.45.0",  # the oldest that reads all of this
         **ids,
     }
 

@@ -17,7 +17,6 @@ import orbax.checkpoint as ocp
 
 from llama_jax import config, tree
 
-
 PIECE_BYTES = 16 << 20
 
 

@@ -78,6 +78,22 @@ def test_a_long_text_encoded_in_parts_gives_the_same_ids(llama, shared):
     assert llama.decode(whole) == text
 
 
+@pytest.mark.parametrize("which", ["trained", "published"])
+def test_cuts_never_change_the_ids(which, request, trained, shared):
+    """Newlines, words, runs of spaces, a visible space of the text's own, words longer than a part."""
+    import sentencepiece
+
+    path = trained if which == "trained" else shared("tokenizers/llama2/tokenizer.model")
+    tokenizer, raw = sp.load(str(path)), sentencepiece.SentencePieceProcessor(str(path))
+    rng = random.Random(5)
+    kinds = [" ", "  ", "\n", "\n ", "\t", " \u2581", "\u2581", "rope", "the ", "é", "☃", "w" * 300]
+    for choices in (kinds, kinds[:1] + kinds[7:9], kinds[7:], kinds[:4], ["\u2581 a"]):
+        for _ in range(3):
+            text = "".join(rng.choices(choices, k=sp.PART_CHARS))  # several parts each
+            assert tokenizer.encode(text) == raw.encode(text)
+            assert tokenizer.encode_batch([text, "x"], 2)[0].tolist() == raw.encode(text)
+
+
 def test_training_depends_on_the_text_alone(trained, tmp_path):
     for threads in (1, 2):
         again = tmp_path / f"again-{threads}.model"
