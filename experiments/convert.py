@@ -5,6 +5,7 @@ training. Out: our own, Hugging Face's, Meta's. The same command goes on after a
 when everything is in it.
 """
 
+import sys
 import time
 from pathlib import Path
 
@@ -38,8 +39,12 @@ def main() -> int:
     source = formats.open_checkpoint(came, FROM_FORMAT.value, TOKENIZER.value)
     announce(source)
     start = time.perf_counter()
-    with bar(source, "converting") as progress:
-        folder.convert(source, to, FORMAT.value, dtype, progress.update, tqdm.write)
+    try:
+        with bar(source, "converting") as progress:
+            folder.convert(source, to, FORMAT.value, dtype, progress.update, tqdm.write)
+    except KeyboardInterrupt:
+        print(f"what is done stays beside {to}; the same command goes on", file=sys.stderr)
+        raise
     seconds = time.perf_counter() - start
     if CHECK.value:
         written = formats.open_checkpoint(to, FORMAT.value, "")

@@ -41,8 +41,8 @@ def convert(source: Source, to: Path, kind: str, dtype: np.dtype | None, progres
     journal = job.Journal(stage, _key(source, kind, dtype), anew=handing_over)
     if journal.remembered:
         report(f"going on in {stage}: {len(journal.remembered)} tensors are there")
+    _check_space(source, dtypes, journal, stage)
     try:
-        _check_space(source, dtypes, journal, stage)
         target = targets.TARGETS[kind](stage, source.model, dtypes)
         with contextlib.closing(target):
             job.transfer(source, target, journal, dtype, progress)
@@ -50,7 +50,7 @@ def convert(source: Source, to: Path, kind: str, dtype: np.dtype | None, progres
         shutil.rmtree(stage)
         raise
     except OSError as error:
-        raise OSError(f"{stage}: {error}; the same command goes on from here") from error
+        raise OSError(f"{stage} ({error}); the same command goes on from there") from error
     for name, content in small_files(source, kind, dtypes).items():
         (stage / name).parent.mkdir(exist_ok=True)
         (stage / name).write_bytes(content)
@@ -75,6 +75,8 @@ def _check_space(source: Source, dtypes, journal: job.Journal, stage: Path) -> N
     )
     free = shutil.disk_usage(stage).free
     if need > free:
+        if not journal.remembered:
+            shutil.rmtree(stage)
         raise OSError(
             f"{stage} needs {need / 2**30:.1f} GiB more, but {free / 2**30:.1f} GiB are free"
         )

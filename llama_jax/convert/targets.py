@@ -191,7 +191,7 @@ class Native:
         if unit.group >= 0:
             index = (unit.group, *index)
         if len(self._writing) == WRITING:
-            self._writing.popleft().result()
+            self._wait()
         self._writing.append(
             self._open(unit.path)[index].write(
                 prepared, can_reference_source_data_indefinitely=True
@@ -204,7 +204,13 @@ class Native:
     def sync(self) -> None:
         """A piece that TensorStore has written is on disk."""
         while self._writing:
+            self._wait()
+
+    def _wait(self) -> None:
+        try:
             self._writing.popleft().result()
+        except ValueError as error:  # TensorStore's, also for a disk that is full
+            raise OSError(str(error).rsplit(": ", 1)[-1]) from error
 
     def close(self) -> None:
         """Nothing is written behind the back of whoever removes the folder."""

@@ -5,7 +5,9 @@ import io
 import json
 import os
 import pickle
+import resource
 import shutil
+import signal
 import struct
 import zipfile
 from pathlib import Path
@@ -406,7 +408,24 @@ def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match=r"needs 0\.0 GiB more"):
         small.convert(came, tmp_path / "to", "native")
+    small.assert_nothing_written(tmp_path / "to")
+
+
+@pytest.mark.parametrize("kind", ["native", "hf", "meta"])
+def test_a_write_that_fails_keeps_what_is_there(tmp_path, kind):
+    """As a disk does that fills up in the middle: an error that names the place, and it can go on."""
+    came = small.hf(tmp_path / "hf")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"to\.unfinished.*too large.*goes on"):
+            small.convert(came, tmp_path / "to", kind)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
     assert not (tmp_path / "to").exists()
+    small.assert_same(small.tensors(small.convert(came, tmp_path / "to", kind)), small.state())
 
 
 INEXPRESSIBLE = {
