@@ -160,9 +160,9 @@ def test_padding_beside_a_longer_row_gives_the_logits_of_transformers(
     both = jax.tree.map(lambda a, b: np.concatenate([a, b]), whole, padded)
     real = both.segments_BT > 0
     their_positions = np.maximum(np.cumsum(real, axis=1) - 1, 0)
-    model_of_theirs = twin.llama(model, params, attention)
-    theirs = twin.theirs(model_of_theirs, both.tokens_BT, their_positions, real.astype(int))
-    logits = twin.ours(module, params, *both[:1], both.positions_BT, both.segments_BT)
+    their_model = twin.llama(model, params, attention)
+    theirs = twin.theirs(their_model, both.tokens_BT, their_positions, real.astype(int))
+    logits = twin.ours(module, params, both.tokens_BT, both.positions_BT, both.segments_BT)
     assert real.sum() < real.size
     assert np.isfinite(logits).all()
     assert twin.gap(logits[real], theirs[real]) <= twin.LOGITS

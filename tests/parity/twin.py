@@ -23,9 +23,9 @@ LOGITS = 2e-5  # float32, as a part of the largest logit
 GRADIENTS = 1e-4  # float32, |a - b| / |b| of each parameter
 LOSS = 1e-4  # nats, at each of fifty steps
 
+NEAR = np.arange(21)
 # One row with jumps, so that near and far keys compete: within LLaMA 1's context, around Llama 3's
 # 8,192, past the 80,000 where a wrong factor spoils text, at the end of Llama 3.1's context.
-NEAR = np.arange(21)
 FAR = np.array([
     *(0, 1, 2, 700, 2047, 2048, 4095, 8190, 8191, 8192, 8193, 8194, 30_001),
     *(79_999, 80_000, 80_001, 80_002, 100_003, 131_069, 131_070, 131_071),
@@ -76,7 +76,7 @@ def traits(model: config.Model) -> Traits:
 
 
 def tiny(stem: str, **changes: Any) -> config.Model:
-    """A page's model with small sizes; eps, rope, head width, heads a kv head and tying stay.
+    """A page's model with small sizes and vocabulary; eps, rope, head width, heads a kv head and tying stay.
 
     Two kv heads at least, so that swapped ones show.
     """
@@ -88,13 +88,13 @@ def tiny(stem: str, **changes: Any) -> config.Model:
     return dataclasses.replace(model, kv_heads=kv_heads, **{**sizes, **how, **changes})
 
 
-def parameters(module: transformer.Transformer, seed: int = 0) -> Any:
+def parameters(module: transformer.Transformer) -> Any:
     """Random weights under which every part shows.
 
     Embeddings are small enough (0.03, squared 9e-4) for eps to matter, queries and keys large enough
     (scores of about 2) for attention to choose, the last scale makes logits of about 3.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
     def draw(shape, letters):
         if letters in ("D", "LD"):
@@ -111,9 +111,9 @@ def parameters(module: transformer.Transformer, seed: int = 0) -> Any:
 
 
 @functools.cache
-def network(model: config.Model, layout, seed: int = 0) -> tuple[transformer.Transformer, Any]:
+def network(model: config.Model, layout) -> tuple[transformer.Transformer, Any]:
     module = transformer.build(model, layout)
-    return module, parameters(module, seed)
+    return module, parameters(module)
 
 
 def ours(module: transformer.Transformer, params: Any, tokens, positions, segments=None):
