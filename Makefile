@@ -60,42 +60,6 @@ clean: ## remove the environments; runs and caches stay
 	.venv/bin/python $(PIP) -r requirements.txt -e '.[bench]'
 	@touch $@
 
-.venv-newest/dev ## the suite on Python 3.12 with the newest JAX
-	.venv-newest/bin/python -m pytest -n 2
-
-smoke-newest: .venv-newest/dev
-	.venv-newest/bin/python -m pytest -n 2 tests/model tests/train tests/house/test_mesh_equality.py
-
-lint: .venv/dev ## ruff: style and format
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
-
-format: .venv/dev ## ruff, in place
-	.venv/bin/ruff check --fix .
-	.venv/bin/ruff format .
-
-bench: .venv/bench ## measure against peers; writes docs/benchmarks.md and benchmarks/results.json
-	.venv/bin/python -m benchmarks.run
-
-clean: ## remove the environments; runs and caches stay
-	rm -rf .venv .venv-newest
-
-.venv/core: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
-	$(PYTHON) -m venv .venv
-	.venv/bin/python $(PIP) -r requirements.txt
-	@touch $@
-
-.venv/dev: .venv/core setup.py
-	.venv/bin/python $(PIP) -r requirements.txt -e '.[dev]'
-	@touch $@
-
-# torch first and alone: resolved together with others it may be replaced by a release with CUDA.
-.venv/parity: .venv/dev
-	.venv/bin/python $(PIP) torch==2.13.0
-	.venv/bin/python $(PIP) -r requirements.txt -e '.[parity]'
-	@touch $@
-
 .venv-newest/dev: setup.py
 	@test -n "$(PYTHON312)" || { echo "python3.12 is not on this machine"; exit 1; }
 	$(PYTHON312) -m venv .venv-newest
