@@ -11,12 +11,17 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import signal
 from pathlib import Path
 
 import jax
 import pytest
 
 from llama_jax import config, sharding
+
+# A suite started in the background of a shell inherits an ignored SIGINT, and so would the commands it
+# starts; with a handler in their parent they begin with the default.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

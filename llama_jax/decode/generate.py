@@ -3,6 +3,7 @@
 No cache: right for the few tokens that training shows of itself, slow for anything longer.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,14 @@ def continue_text(
     length = len(prompt) + new_tokens
     rows = module.layout.row_parts  # the same row on every device
     tokens_BT = jnp.zeros((rows, length), jnp.int32).at[:, : len(prompt)].set(jnp.asarray(prompt))
+    finished_BT = _continue(module, params, tokens_BT, len(prompt), temperature, seed)
+    return jax.device_get(finished_BT)[0].tolist()
+
+
+@functools.partial(jax.jit, static_argnames=("module", "temperature"))
+def _continue(module, params, tokens_BT, first, temperature, seed):
+    """tokens_BT with the positions from `first` on filled in."""
+    rows, length = tokens_BT.shape
     positions_BT = jnp.broadcast_to(jnp.arange(length), (rows, length))
 
     def one(i, tokens_BT):
@@ -37,5 +46,4 @@ def continue_text(
             chosen_B = jnp.full(rows, drawn)
         return tokens_BT.at[:, i].set(chosen_B)
 
-    finished_BT = jax.jit(lambda t: jax.lax.fori_loop(len(prompt), length, one, t))(tokens_BT)
-    return jax.device_get(finished_BT)[0].tolist()
+    return jax.lax.fori_loop(first, length, one, tokens_BT)

@@ -108,7 +108,9 @@ def test_killed_and_started_again_it_ends_with_the_same_loss_bit_for_bit(tmp_pat
     assert finals[0] == finals[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path, reference):
     args = helpers.arguments(
         tmp_path, f"--config.train.steps={STEPS}", "--config.checkpoint.every=1000"

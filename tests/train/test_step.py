@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ def batch(model, seed=0, weights=None):
     )
 
 
+@functools.cache  # compiling is what takes the time
 def setup(model, layout, **train):
     module = transformer.build(model, layout)
     tx = optim.build(OPTIM, 100, transformer.letters(module))
