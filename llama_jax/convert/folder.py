@@ -1,9 +1,11 @@
 """The destination of a conversion: prepared beside its final name, completed, renamed at the very end."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +30,84 @@ def convert(source: Source, to: Path, kind: str, dtype: np.dtype | None, progres
     A call that was killed goes on from what is there, when made again. progress(bytes of the source done).
     """
     config.choose(CHECKS, kind, "--format")(source.model)
-    if to.exists() and (to.is_file() or any(to.iterdir())):
-        raise ValueError(f"--to={to} is there already; name a new folder")
     dtypes = {name: dtype or own for name, own in source.dtypes.items()}
+    beside = small_files(source, kind, dtypes)
     stage = to.with_name(to.name + ".unfinished")
+    _check_free(source, to, stage)
+    with _held(stage, to):
+        # Killed while Orbax took the arrays over: some are moved already, and it starts anew.
+        handing_over = any(stage.glob(native.PARAMS + "*"))
+        journal = job.Journal(stage, _key(source, kind, dtype), anew=handing_over)
+        if journal.remembered:
+            report(f"going on in {stage}: {len(journal.remembered)} tensors are there")
+        _check_space(source, dtypes, journal, stage)
+        try:
+            target = targets.TARGETS[kind](stage, source.model, dtypes)
+            with contextlib.closing(target):
+                job.transfer(source, target, journal, dtype, progress)
+            for name, content in beside.items():
+                (stage / name).parent.mkdir(exist_ok=True)
+                (stage / name).write_bytes(content)
+            if to.exists():
+                to.rmdir()
+        except ValueError:
+            journal.discard()
+            raise
+        except OSError as error:
+            raise OSError(f"{stage} ({error}); the same command goes on from there") from error
+        journal.remove()
+        os.replace(stage, to)
+    return to
+
+
+def _check_free(source: Source, to: Path, stage: Path) -> None:
+    """Nothing that is not ours is written over or removed."""
+    if to.is_symlink() or (to.exists() and not to.is_dir()):
+        raise ValueError(f"--to={to} is a link or a file; name a new folder")
+    if to.exists() and any(to.iterdir()):
+        raise ValueError(f"--to={to} is there already; name a new folder")
+    for file in source.files:
+        for place in (stage, to):
+            if file.resolve().is_relative_to(place.resolve()):
+                raise ValueError(f"{file} lies in {place}, which is written; name another --to")
+    if stage.is_symlink() or (stage.exists() and not job.is_unfinished(stage)):
+        raise ValueError(f"{stage} is not an unfinished conversion; move it or name another --to")
+
+
+@contextlib.contextmanager
+def _held(stage: Path, to: Path) -> Iterator[None]:
+    """The folder, made if it is not there, for this process alone.
+
+    The lock is on the folder itself: it goes along when the folder is renamed, and with the process.
+    """
     try:
         stage.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(stage, os.O_RDONLY)
     except OSError as error:
         raise ValueError(f"--to={to} cannot be written: {error.strerror}") from error
-    # Killed while Orbax took the arrays over: some are moved already, and it starts anew.
-    handing_over = any(stage.glob(native.PARAMS + "*"))
-    journal = job.Journal(stage, _key(source, kind, dtype), anew=handing_over)
-    if journal.remembered:
-        report(f"going on in {stage}: {len(journal.remembered)} tensors are there")
-    _check_space(source, dtypes, journal, stage)
     try:
-        target = targets.TARGETS[kind](stage, source.model, dtypes)
-        with contextlib.closing(target):
-            job.transfer(source, target, journal, dtype, progress)
-    except ValueError:
-        shutil.rmtree(stage)
-        raise
-    except OSError as error:
-        raise OSError(f"{stage} ({error}); the same command goes on from there") from error
-    for name, content in small_files(source, kind, dtypes).items():
-        (stage / name).parent.mkdir(exist_ok=True)
-        (stage / name).write_bytes(content)
-    journal.remove()
-    if to.exists():
-        to.rmdir()
-    os.replace(stage, to)
-    return to
+        if not _lock(descriptor) or not _is_at(descriptor, stage):
+            raise ValueError(
+                f"another conversion is writing {stage}; wait for its end or name another --to"
+            )
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks, as some of clusters are
+        return True
+    return True
+
+
+def _is_at(descriptor: int, place: Path) -> bool:
+    """Not so if another process has renamed the folder before it was locked here."""
+    return place.exists() and os.path.samestat(os.fstat(descriptor), place.stat())
 
 
 def _key(source: Source, kind: str, dtype: np.dtype | None) -> str:
@@ -76,7 +125,7 @@ def _check_space(source: Source, dtypes, journal: job.Journal, stage: Path) -> N
     free = shutil.disk_usage(stage).free
     if need > free:
         if not journal.remembered:
-            shutil.rmtree(stage)
+            journal.discard()
         raise OSError(
             f"{stage} needs {need / 2**30:.1f} GiB more, but {free / 2**30:.1f} GiB are free"
         )
@@ -107,12 +156,25 @@ def small_files(source: Source, kind: str, dtypes: dict[str, np.dtype]) -> dict[
 
 def _special_ids(source: Source) -> dict[str, Any]:
     """Begin, end and padding, as the checkpoint came with them, else the tokenizer's."""
-    carried = json.loads(source.carried.get("generation_config.json", b"{}"))
+    carried = _object(source, "generation_config.json")
     ids = {name: carried[name] for name in _IDS if carried.get(name) is not None}
     if ids or source.tokenizer is None:
         return ids
     tokenizer = formats.loaded(source.tokenizer)
     return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+
+
+def _object(source: Source, name: str) -> dict[str, Any]:
+    """A JSON file that came with the checkpoint; empty if none did."""
+    try:
+        value = json.loads(source.carried.get(name, b"{}"))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{name} of {source.files[0].parent} is not a JSON object; mend it or take it away"
+        )
+    return value
 
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

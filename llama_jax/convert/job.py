@@ -155,11 +155,28 @@ def compare(one: Source, other: Source, progress: Callable[[int], object]) -> in
     return len(names.units(one.model))
 
 
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder is an unfinished conversion: empty, or with a journal of ours."""
+    if not folder.is_dir():
+        return False
+    if {path.name for path in folder.iterdir()} <= {_NEW}:
+        return True
+    try:
+        with open(folder / _JOURNAL) as file:
+            return isinstance(json.loads(json.loads(file.readline())), list)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+_JOURNAL, _NEW = "journal.jsonl", "journal.jsonl.new"
+_NOTHING = "[]"  # the key of a journal that vouches for nothing
+
+
 class Journal:
     """The tensors that are on disk for certain, one JSON object a line; a first line says of what."""
 
     def __init__(self, folder: Path, key: str, anew: bool):
-        self._file = folder / "journal.jsonl"
+        self._folder, self._file = folder, folder / _JOURNAL
         self.remembered: dict[str, Any] = {}
         self._new: list[str] = []
         self._unsynced = 0
@@ -169,9 +186,20 @@ class Journal:
                 with contextlib.suppress(ValueError):  # the last may be cut off
                     self.remembered |= json.loads(line)
         else:
-            for path in folder.iterdir():
+            self._clear()
+            self._begin(key)
+
+    def _begin(self, key: str) -> None:
+        """At once, so that a folder in which something lies has a journal at any time."""
+        (self._folder / _NEW).write_text(json.dumps(key) + "\n")
+        os.replace(self._folder / _NEW, self._file)
+
+    def _clear(self) -> None:
+        """All but the journal is removed; killed on the way, it vouches for nothing."""
+        self._begin(_NOTHING)
+        for path in self._folder.iterdir():
+            if path != self._file:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            self._file.write_text(json.dumps(key) + "\n")
 
     def add(self, name: str, value: Any, size: int, sync: Callable[[], None]) -> None:
         self.remembered[name] = value
@@ -191,3 +219,9 @@ class Journal:
 
     def remove(self) -> None:
         self._file.unlink()
+
+    def discard(self) -> None:
+        """The folder and all that is in it."""
+        self._clear()
+        self.remove()
+        self._folder.rmdir()

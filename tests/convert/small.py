@@ -86,6 +86,23 @@ def hf_shards(place: Path, **others) -> Path:
     return place
 
 
+def sentencepiece(pieces: int = 5, kind: str = "BPE") -> bytes:
+    """A SentencePiece model of <unk>, <s>, </s>, the bytes that there is room for, and letters."""
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    model, kinds = proto.ModelProto(), proto.ModelProto.SentencePiece
+    special = {0: ("<unk>", kinds.UNKNOWN), 1: ("<s>", kinds.CONTROL), 2: ("</s>", kinds.CONTROL)}
+    for i in range(pieces):
+        name, type_ = special.get(i, (chr(ord("a") + i), kinds.NORMAL))
+        if 3 <= i < 259 <= pieces:
+            name, type_ = f"<0x{i - 3:02X}>", kinds.BYTE
+        model.pieces.add(piece=name, score=-i, type=type_)
+    model.trainer_spec.model_type = getattr(proto.TrainerSpec, kind)
+    model.trainer_spec.byte_fallback = pieces >= 259
+    model.normalizer_spec.remove_extra_whitespaces = False
+    return model.SerializeToString()
+
+
 def convert(came: Path, to: Path, kind: str, dtype=None, progress=lambda n: None, report=print):
     """What the command does, without its process; the opened result."""
     source = formats.open_checkpoint(came, "", "")

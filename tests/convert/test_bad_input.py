@@ -402,6 +402,87 @@ def test_a_destination_that_is_there_is_left_alone(tmp_path):
     assert [path.name for path in (tmp_path / "to").iterdir()] == ["mine.txt"]
 
 
+def kept(place: Path, came: Path, to: Path, words: str) -> None:
+    """The conversion is refused, and the files of `place` stay as they are."""
+    before = {file: file.read_bytes() for file in place.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match=words):
+        small.convert(came, to, "hf")
+    assert before == {file: file.read_bytes() for file in place.rglob("*") if file.is_file()}
+    assert before
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "journal.jsonl", "sub/thesis.tex"])
+def test_a_folder_of_the_stages_name_that_is_not_ours_is_left_alone(tmp_path, to, name):
+    file = tmp_path / "to.unfinished" / name
+    file.parent.mkdir(parents=True)
+    file.write_text('{"mine": 1}\n')
+    kept(tmp_path, small.hf(tmp_path / "hf"), to, r"to\.unfinished is not an unfinished conversion")
+
+
+def test_a_source_where_the_stage_would_be_is_left_alone(tmp_path, to):
+    came = small.hf(tmp_path / "to.unfinished")
+    (tmp_path / "link").symlink_to(came)
+    kept(tmp_path, came, to, r"config\.json lies in .*to\.unfinished")
+    kept(tmp_path, tmp_path / "link", to, r"config\.json lies in .*to\.unfinished")
+
+
+def test_a_destination_that_is_no_folder(tmp_path):
+    came = small.hf(tmp_path / "hf")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for to in (tmp_path / "link", tmp_path / "dangling", Path("/dev/null"), came / "config.json"):
+        refused_at(came, to, f"{to} is a link or a file")
+
+
+def refused_at(came: Path, to: Path, words: str, kind: str = "native") -> None:
+    """Refused, and no folder is left beside."""
+    with pytest.raises(ValueError, match=words):
+        small.convert(came, to, kind)
+    assert not to.with_name(to.name + ".unfinished").exists()
+
+
+def test_a_second_conversion_to_the_same_place_is_refused_while_one_writes(tmp_path, to):
+    small.hf(tmp_path / "one")
+    small.hf(tmp_path / "two", small.state(seed=1))
+
+    def meanwhile(count):
+        with pytest.raises(ValueError, match=r"another conversion is writing .*to\.unfinished"):
+            small.convert(tmp_path / "two", to, "hf")
+
+    found = small.convert(tmp_path / "one", to, "hf", progress=meanwhile)
+    small.assert_same(small.tensors(found), small.state())
+    assert {file.name for file in to.iterdir()} == {
+        *("model.safetensors", "config.json", "generation_config.json"),
+    }
+
+
+def test_a_folder_that_is_renamed_before_it_is_locked_is_not_written(tmp_path, to, monkeypatch):
+    """Between opening and locking, the other conversion may have come to its end."""
+    came = small.hf(tmp_path / "hf")
+    monkeypatch.setattr(folder, "_lock", lambda _: bool(to.with_name("to.unfinished").rename(to)))
+    with pytest.raises(ValueError, match="another conversion is writing"):
+        small.convert(came, to, "hf")
+    assert not any(to.iterdir())
+
+
+def test_a_tokenizer_that_hugging_face_cannot_express_is_refused_first(tmp_path, to):
+    came = small.hf(tmp_path / "hf")
+    file = tmp_path / "unigram.model"
+    file.write_bytes(small.sentencepiece(kind="UNIGRAM"))
+    source = formats.open_checkpoint(came, "", str(file))
+    with pytest.raises(ValueError, match="needs model_type BPE"):
+        folder.convert(source, to, "hf", None, pytest.fail, print)
+    small.assert_nothing_written(to)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "5", '{"a":' * 100_000], ids=lambda c: c[:4])
+def test_a_damaged_generation_config(tmp_path, to, content):
+    came = small.hf(tmp_path / "hf")
+    (came / "generation_config.json").write_text(content)
+    refused(came, to, f"generation_config.json of {came}", "JSON object", kind="hf")
+
+
 def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
     came = small.hf(tmp_path / "hf")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)

@@ -169,6 +169,33 @@ def test_an_interrupted_conversion_of_something_else_starts_anew(meta, tmp_path,
     small.assert_same(found, other)
 
 
+@pytest.mark.parametrize("wrong", [False, True], ids=["of another source", "refused half-way"])
+def test_a_removal_that_was_killed_is_not_taken_for_tensors_that_are_there(
+    tmp_path, monkeypatch, wrong
+):
+    """The journal goes last, and vouches for nothing by then."""
+    monkeypatch.setattr(job, "SYNC_BYTES", 1)
+    tensors = small.state()
+    one, to = small.hf(tmp_path / "one"), tmp_path / "to"
+    if wrong:
+        tensors["lm_head.weight"][0, 0] = np.nan
+        small.hf(one, tensors)
+    else:
+        with pytest.raises(_Killed):
+            small.convert(one, to, "hf", progress=_kill)
+    with monkeypatch.context() as patch, pytest.raises(_Killed):
+        patch.setattr(job.Path, "unlink", _kill)
+        small.convert(one if wrong else small.hf(tmp_path / "two"), to, "hf")
+    small.hf(one)
+    small.assert_same(
+        small.tensors(small.convert(one, to, "hf", report=pytest.fail)), small.state()
+    )
+
+
+def _kill(_):
+    raise _Killed
+
+
 def test_large_weights_are_exported_in_shards_with_an_index(tmp_path, monkeypatch):
     monkeypatch.setattr("llama_jax.convert.hf.SHARD_BYTES", 9000)
     found = small.convert(small.hf(tmp_path / "hf"), tmp_path / "to", "hf")
