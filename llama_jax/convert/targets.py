@@ -168,6 +168,8 @@ class Native:
             shape, pieces = [size["L"], *shape], [1, *pieces]
         spec = {
             "driver": "zarr3",
+            # TensorStore leaves out pieces of zeros otherwise, and Orbax takes them for lost.
+            "store_data_equal_to_fill_value": True,
             "kvstore": {"driver": "file", "path": str(self._stage / path.replace("/", ".")) + "/"},
             "metadata": {
                 "shape": shape,

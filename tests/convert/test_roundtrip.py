@@ -77,6 +77,19 @@ def test_bfloat16_weights_are_restored_as_float32(meta, tmp_path, layout):
     np.testing.assert_array_equal(params["embed"], whole.astype(np.float32))
 
 
+def test_tensors_of_zeros_are_restored(tmp_path, layout):
+    """As block expansion makes them (LLaMA Pro, arXiv:2401.02415 section 3.2): new layers that add nothing."""
+    tensors = small.state()
+    for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.1.self_attn.o_proj.weight"):
+        tensors[name][:] = 0
+    found = small.convert(small.hf(tmp_path / "hf", tensors), tmp_path / "native", "native")
+    small.assert_same(small.tensors(found), tensors)
+    params = native.load(tmp_path / "native", transformer.build(MODEL, layout))
+    down = params["groups"]["self_0"]["ffn"]["down"]
+    assert not np.any(down[1])
+    np.testing.assert_array_equal(down[0], tensors["model.layers.0.mlp.down_proj.weight"].T)
+
+
 def test_a_dtype_rounds_to_nearest_even(tmp_path):
     found = small.convert(small.hf(tmp_path / "hf"), tmp_path / "out", "native", BFLOAT16)
     for name, array in small.tensors(found).items():
