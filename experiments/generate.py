@@ -30,6 +30,7 @@ def main() -> int:
     if model.remat != "none":
         model = dataclasses.replace(model, remat="none")
     tokenizer = formats.loaded(tokenizer_file)
+    formats.check_ids(tokenizer, model)
     prompt = [tokenizer.bos, *tokenizer.encode(PROMPT.value)]
     total = len(prompt) + decode.max_new_tokens
     if total > context:

@@ -1,5 +1,6 @@
 """Open a checkpoint of any known kind: which kind it is, where its tokenizer lies."""
 
+import dataclasses
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,19 @@ def open_checkpoint(path: Path, kind: str, tokenizer_file: str) -> Source:
     """kind "" detects it; tokenizer_file "" looks beside the weights. ValueError if there is no model."""
     kind = kind or detect(path)
     config.choose(FORMATS, kind, "--from_format")
-    if kind != "llama2c" and path.is_file():
-        path = path.parent
-    return FORMATS[kind](path, tokenizer_file)
+    place = path.parent if kind != "llama2c" and path.is_file() else path
+    source = FORMATS[kind](place, tokenizer_file)
+    if path.is_file() and path not in source.files:
+        raise ValueError(
+            f"{path} is not part of the checkpoint in {place}, which is "
+            f"{', '.join(file.name for file in source.files[:8])}; give it a folder of its own"
+        )
+    if source.tokenizer is not None:
+        check_ids(loaded(source.tokenizer), source.model)
+    if tokenizer_file:  # another one's files must not go along with it
+        kept = {name: text for name, text in source.carried.items() if name not in hf.TOKENIZER}
+        source = dataclasses.replace(source, carried=kept)
+    return source
 
 
 def detect(path: Path) -> str:
@@ -54,8 +65,15 @@ def _meta(folder: Path, tokenizer_file: str) -> Source:
 
 
 def _hf(folder: Path, tokenizer_file: str) -> Source:
-    names = ("tokenizer.model", "original/tokenizer.model", "tokenizer.json")
-    return hf.open_folder(folder, _tokenizer(tokenizer_file, [folder / name for name in names]))
+    beside = [folder / "tokenizer.model", folder / "original/tokenizer.model"]
+    tokenizer, notes = _tokenizer(tokenizer_file, beside), ()
+    if tokenizer is None and (folder / "tokenizer.json").is_file():
+        try:
+            tokenizer = read_tokenizer(folder / "tokenizer.json")
+        except ValueError as error:  # of a kind that is not LLaMA's; the file goes along as it is
+            notes = (f"a tokenizer that is not read here: {error}",)
+    source = hf.open_folder(folder, tokenizer)
+    return dataclasses.replace(source, notes=(*source.notes, *notes))
 
 
 def _llama2c(file: Path, tokenizer_file: str) -> Source:
@@ -89,6 +107,15 @@ def read_tokenizer(file: Path) -> Tokenizer:
     found = tokenizer_of(content)
     base.load(config.Tokenizer(found.kind, str(file)))  # an error names the file
     return found
+
+
+def check_ids(tokenizer: base.Tokenizer, model: config.Model) -> None:
+    """ValueError if the tokenizer gives ids that have no embedding. Fewer are right: rows are padded."""
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, more than model.vocab_size="
+            f"{model.vocab_size}; it is another model's: give the right one with --tokenizer=FILE"
+        )
 
 
 def _pieces(tokenizer: Tokenizer | None) -> int:

@@ -22,10 +22,11 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 SHARD_BYTES = 5 * 10**9  # of one file on export, as transformers 4 wrote
 # Small files that tell how to use the weights; they leave as they came.
-CARRIED = (
-    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
 )
+CARRIED = ("generation_config.json", *TOKENIZER)
 
 
 def open_folder(folder: Path, tokenizer: Tokenizer | None) -> Source:
@@ -53,7 +54,7 @@ def open_folder(folder: Path, tokenizer: Tokenizer | None) -> Source:
         dtypes,
         functools.partial(_read, stored),
         lambda unit: stored[unit.hf].file,
-        (folder / "config.json", *sorted({tensor.file for tensor in stored.values()})),
+        (folder / "config.json", *sorted({_chosen(folder), *(t.file for t in stored.values())})),
         tokenizer,
         carried={n: (folder / n).read_bytes() for n in CARRIED if (folder / n).is_file()},
         notes=(f"{len({t.file for t in stored.values()})} weight file(s)",),
@@ -76,12 +77,17 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def _chosen(folder: Path) -> Path:
+    """The file of weights, or their index."""
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{folder} has none of {', '.join(WEIGHTS)}")
+
+
 def _tensors(folder: Path) -> dict[str, Stored]:
     """{name: where it lies} of all files."""
-    present = [name for name in WEIGHTS if (folder / name).is_file()]
-    if not present:
-        raise ValueError(f"{folder} has none of {', '.join(WEIGHTS)}")
-    name = present[0]
+    name = _chosen(folder).name
     if not name.endswith(".index.json"):
         return _header(folder / name)
     where = _read_json(folder / name).get("weight_map")

@@ -104,7 +104,7 @@ def open_folder(folder: Path, tokenizer: Tokenizer | None) -> Source:
         {unit.hf: arrays[unit.path].dtype.numpy_dtype for unit in names.units(model)},
         functools.partial(_read, model, arrays),
         lambda unit: place,
-        tuple(sorted(file for file in place.rglob("*") if file.is_file())),
+        (_said(folder), *sorted(file for file in place.rglob("*") if file.is_file())),
         tokenizer or own,
         carried={file.name: file.read_bytes() for file in carried},
         notes=(f"the parameters in {place}",),
@@ -125,6 +125,11 @@ def _stacked_shape(unit: Unit, model: config.Model) -> tuple[int, ...]:
     size = dims.sizes(model)
     letters = ("L" if unit.group >= 0 else "") + unit.row.letters
     return tuple(size[letter] for letter in letters)
+
+
+def _said(folder: Path) -> Path:
+    """The file of the settings."""
+    return folder / (MODEL if (folder / MODEL).is_file() else "run.json")
 
 
 def _place(folder: Path) -> tuple[Path, str]:

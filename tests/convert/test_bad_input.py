@@ -379,7 +379,49 @@ def test_a_vocabulary_that_is_not_the_tokenizers(meta, to, shared):
     refused(meta, to, "tok_embeddings.weight", "48", "the tokenizer has 32000")
 
 
+@pytest.mark.parametrize("kind", ["hf", "meta", "native"])
+def test_a_tokenizer_with_more_ids_than_the_vocabulary(tmp_path, kind):
+    came = small.hf(tmp_path / "hf")
+    small.convert(came, tmp_path / kind / "of", kind)
+    few, many = tmp_path / "few.model", tmp_path / "many.model"
+    few.write_bytes(small.sentencepiece(40))
+    many.write_bytes(small.sentencepiece(49))
+    assert formats.open_checkpoint(tmp_path / kind / "of", "", str(few)).model == MODEL
+    with pytest.raises(ValueError, match=r"has 49 ids, more than model\.vocab_size=48"):
+        formats.open_checkpoint(tmp_path / kind / "of", "", str(many))
+    shutil.copy(many, tmp_path / kind / "of/tokenizer.model")
+    with pytest.raises(ValueError, match=r"has 49 ids, more than model\.vocab_size=48"):
+        formats.open_checkpoint(tmp_path / kind / "of", "", "")
+
+
 # Where it comes from and where it goes
+
+
+def test_a_file_that_is_not_the_one_its_folder_is_read_from(tmp_path, to, meta):
+    came = small.hf(tmp_path / "hf")
+    small.safetensors(came / "ema.safetensors", small.state(seed=1))
+    shutil.copy(meta / "consolidated.00.pth", meta / "finetuned.pth")
+    shutil.copy(meta / "consolidated.00.pth", came / "pytorch_model.bin")
+    shards = small.hf_shards(tmp_path / "shards")
+    (shards / "pytorch_model.bin.index.json").write_text("{}")
+    words = "is not part of the checkpoint in"
+    refused(came / "ema.safetensors", to, "ema.safetensors", words, "config.json, model.safe")
+    refused(came / "pytorch_model.bin", to, "pytorch_model.bin", words, "model.safetensors")
+    refused(shards / "pytorch_model.bin.index.json", to, words, "model.safetensors.index.json")
+    refused(meta / "finetuned.pth", to, "finetuned.pth", words, "consolidated.01.pth")
+
+
+def test_every_file_of_a_checkpoint_may_be_named(tmp_path, meta):
+    small.convert(meta, tmp_path / "native", "native")
+    named = {
+        "hf": (small.hf_shards(tmp_path / "hf"), "config.json", "model-00002-of-00002.safetensors"),
+        "meta": (meta, "params.json", "consolidated.01.pth"),
+        "native": (tmp_path / "native", "model.json"),
+    }
+    named["hf"] += ("model.safetensors.index.json",)
+    for kind, (place, *files) in named.items():
+        for file in files:
+            assert formats.open_checkpoint(place / file, kind, "").format == kind
 
 
 def test_a_place_that_does_not_exist(tmp_path, to):

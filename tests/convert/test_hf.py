@@ -9,7 +9,7 @@ import pytest
 
 from configs import sizes
 from llama_jax import config
-from llama_jax.convert import formats, hf
+from llama_jax.convert import folder, formats, hf
 from tests.convert import small
 from tests.convert.small import MODEL
 
@@ -140,3 +140,42 @@ def test_torchs_bin_files_are_read(tmp_path):
     (came / "pytorch_model.bin").unlink()
     (came / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
     small.assert_same(small.tensors(formats.open_checkpoint(came, "", "")), small.state())
+
+
+def test_a_tokenizer_that_is_given_wins_over_those_that_came_with_the_weights(tmp_path):
+    model = dataclasses.replace(MODEL, vocab_size=300)
+    came = small.hf(tmp_path / "came", small.state(model), vocab_size=300)
+    for name in hf.CARRIED:
+        (came / name).write_text('{"theirs": 1}')
+    given = small.sentencepiece(300)
+    (tmp_path / "given.model").write_bytes(given)
+    (came / "tokenizer.model").write_bytes(small.sentencepiece(260))
+    tokenizer = str(tmp_path / "given.model")
+    for kind in ("hf", "native"):
+        source = formats.open_checkpoint(came, "", tokenizer)
+        folder.convert(source, tmp_path / kind, kind, None, lambda n: None, print)
+        assert (tmp_path / kind / "tokenizer.model").read_bytes() == given
+        inside = [file for file in (tmp_path / kind).rglob("*.j*") if "params" not in file.parts]
+        theirs = {file.name for file in inside if "theirs" in file.read_text()}
+        assert theirs == {"generation_config.json"}
+    small.convert(came, tmp_path / "theirs", "native")
+    source = formats.open_checkpoint(tmp_path / "theirs", "", tokenizer)
+    assert source.carried.keys() == {"generation_config.json"}
+
+
+OTHER = {"model": {"type": "BPE", "byte_fallback": True, "vocab": {"a": 0}, "merges": []}}
+
+
+def test_a_tokenizer_json_of_another_kind_goes_along_unread(tmp_path):
+    came = small.hf(tmp_path / "hf")
+    content = json.dumps({**OTHER, "added_tokens": [], "pre_tokenizer": None})
+    (came / "tokenizer.json").write_text(content)
+    source = formats.open_checkpoint(came, "", "")
+    assert source.tokenizer is None
+    assert f"not read here: {came / 'tokenizer.json'}" in source.notes[-1]
+    for i, kind in enumerate(("native", "hf")):
+        came = (tmp_path / "hf", tmp_path / "native")[i]
+        small.convert(came, tmp_path / f"{kind}{'-back' * i}", kind)
+    assert (tmp_path / "hf-back/tokenizer.json").read_text() == content
+    with pytest.raises(ValueError, match=r"tokenizer\.json.*no byte-level BPE"):
+        formats.open_checkpoint(tmp_path / "hf", "", str(tmp_path / "hf/tokenizer.json"))

@@ -114,6 +114,13 @@ def test_every_tensor_is_found_in_every_version(tmp_path, version, group, output
         np.testing.assert_allclose(found, wanted, rtol=1e-6, err_msg=unit.meta)
 
 
+def test_a_tokenizer_with_more_ids_than_the_vocabulary(tmp_path):
+    write(tmp_path / "model.bin", 1)
+    (tmp_path / "many.model").write_bytes(small.sentencepiece(49))
+    with pytest.raises(ValueError, match=r"has 49 ids, more than model\.vocab_size=48"):
+        formats.open_checkpoint(tmp_path / "model.bin", "", str(tmp_path / "many.model"))
+
+
 def refused(file, *words):
     with pytest.raises(ValueError, match=r".") as error:
         opened(file)

@@ -128,6 +128,14 @@ def test_a_model_without_a_tokenizer_says_how_to_give_it_one(tmp_path):
     assert "--tokenizer=FILE" in done.stderr
 
 
+def test_a_tokenizer_with_more_ids_than_the_model_is_not_generated_with(tmp_path):
+    small.convert(small.hf(tmp_path / "hf"), tmp_path / "native", "native")
+    (tmp_path / "native/tokenizer.model").write_bytes(small.sentencepiece(49))
+    done = helpers.run("generate", f"--checkpoint={tmp_path / 'native'}", "--prompt=a")
+    assert done.returncode == 1
+    assert "the tokenizer has 49 ids, more than model.vocab_size=48" in done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_conversion_that_was_killed_goes_on(tmp_path, number):
     model = config.Model(
