@@ -20,7 +20,7 @@ from llama_jax.convert.names import Unit
 from llama_jax.convert.source import Source, Tokenizer, compute_dtype
 from llama_jax.convert.stored import Stored
 
-IGNORED = ("rope.freqs",)  # a table of LLaMA 1 that the settings determine
+IGNORED = "rope.freqs"  # ends the names of LLaMA 1's tables, which the settings determine
 
 
 def open_folder(folder: Path, tokenizer: Tokenizer | None, pieces: int) -> Source:
@@ -48,17 +48,17 @@ def open_folder(folder: Path, tokenizer: Tokenizer | None, pieces: int) -> Sourc
 
 def shard_files(folder: Path) -> list[Path]:
     """consolidated.00.pth, 01, ...; ValueError if one of the numbers is missing or there twice."""
-    files = sorted(folder.glob("consolidated*.pth"))
-    numbers = []
-    for file in files:
+    numbers = {}
+    for file in sorted(folder.glob("consolidated*.pth")):
         number = re.fullmatch(r"consolidated\.(\d+)\.pth", file.name)
         if not number:
             raise ValueError(
                 f"{file} is not named like Meta's files, consolidated.00.pth; rename it"
             )
-        numbers.append(int(number[1]))
-    for wanted, number in enumerate(sorted(numbers)):
-        if number != wanted:
+        numbers[file] = int(number[1])
+    files = sorted(numbers, key=numbers.get)
+    for wanted, file in enumerate(files):
+        if (number := numbers[file]) != wanted:
             found = ", ".join(file.name for file in files)
             raise ValueError(
                 f"{folder}: consolidated.{wanted:02}.pth is missing; there are {found}"
@@ -71,23 +71,28 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def _drop_ignored(found: dict[str, Stored]) -> dict[str, Stored]:
-    return {name: tensor for name, tensor in found.items() if name not in IGNORED}
+    return {name: tensor for name, tensor in found.items() if not name.endswith(IGNORED)}
 
 
 def model_of(params: dict, shards, pieces: int, folder: Path) -> tuple[config.Model, tuple]:
     """The settings, from params.json and the shapes; and what was decided on the way."""
-    dim, heads = params["dim"], params["n_heads"]
+    dim, heads, layers = params["dim"], params["n_heads"], params["n_layers"]
+    if layers > len(shards[0]):
+        raise ValueError(
+            f"{folder / 'params.json'}: n_layers={layers} is beyond the {len(shards[0])} tensors that "
+            "the files hold"
+        )
     if dim % heads:
         raise ValueError(f"{folder / 'params.json'}: n_heads={heads} must divide dim={dim}")
     notes = [f"{len(shards)} model-parallel file{'s' if shards[1:] else ''}"]
     if params.get("vocab_size", -1) == -1 and pieces:
         notes.append(f"vocab_size -1 in params.json: {pieces} pieces of the tokenizer")
-    tied = "output.weight" not in shards[0] or _same_place(shards[0])
+    tied = _tied(shards)
     rope, note = meta_params.rope_of(params, tied)
     model = config.Model(
         vocab_size=_vocab_size(params, shards, pieces),
         dim=dim,
-        layers=params["n_layers"],
+        layers=layers,
         heads=heads,
         kv_heads=params.get("n_kv_heads") or heads,
         head_dim=params.get("head_dim") or dim // heads,
@@ -130,8 +135,7 @@ _GATE = "layers.0.feed_forward.w1.weight"
 def _first(shards, name: str) -> Stored:
     for shard in shards:
         if name not in shard:
-            file = next(iter(shard.values())).file if shard else "a file without tensors"
-            raise ValueError(f"{file} lacks {name}")
+            raise ValueError(f"{_file(shard)} lacks {name}")
     found = shards[0][name]
     if len(found.shape) != 2:
         raise ValueError(f"{found.file}: {name} has shape {list(found.shape)}, not a matrix")
@@ -142,6 +146,22 @@ def _missing(part: int, count: int, wanted: int) -> str:
     if part and wanted % part == 0 and wanted // part > count:
         return f"{wanted // part - count} of {wanted // part} files are missing"
     return "the files do not belong together"
+
+
+def _tied(shards) -> bool:
+    """Whether there is no output matrix beside the embedding's; the same in every part."""
+    own = ["output.weight" in shard and not _same_place(shard) for shard in shards]
+    if any(own) and not all(own):
+        with_it, without = (shards[own.index(has)] for has in (True, False))
+        raise ValueError(
+            f"{_file(with_it)} has an output.weight of its own and {_file(without).name} has none; "
+            "the files do not belong together"
+        )
+    return not own[0]
+
+
+def _file(shard: dict[str, Stored]) -> Path:
+    return next((tensor.file for tensor in shard.values()), Path("a file without tensors"))
 
 
 def _same_place(shard: dict[str, Stored]) -> bool:
@@ -155,7 +175,7 @@ def _parts(unit: Unit, model: config.Model, shards) -> tuple[list[Stored], int]:
     found = []
     for shard in shards:
         if unit.meta not in shard:
-            raise ValueError(f"{next(iter(shard.values())).file} lacks {unit.meta}")
+            raise ValueError(f"{_file(shard)} lacks {unit.meta}")
         found.append(shard[unit.meta])
     for other in found[1:]:
         if (other.shape, other.dtype) != (found[0].shape, found[0].dtype):

@@ -84,6 +84,7 @@ def read_names(file: Path) -> dict[str, Stored]:
             if len(pickles) != 1:
                 raise ValueError(f"{file} is a zip, but not one of torch: it has no data.pkl")
             root = pickles[0].removesuffix("data.pkl")
+            _check_byteorder(file, raw, members.get(root + "byteorder"))
             tree = _unpickle(file, archive, members[pickles[0]])
             places = {
                 name.removeprefix(root + "data/"): (_data_offset(file, raw, member), member)
@@ -98,6 +99,19 @@ def read_names(file: Path) -> dict[str, Stored]:
             "and save it with a newer torch"
         ) from error
     return {name: _place(file, name, tensor, places) for name, tensor in _tensors(file, tree)}
+
+
+def _check_byteorder(file: Path, raw, member: zipfile.ZipInfo | None) -> None:
+    """Torch 2.1 and later say it; what older ones wrote is little-endian, as nearly all machines are."""
+    if member is None:
+        return
+    raw.seek(_data_offset(file, raw, member))
+    order = raw.read(min(member.file_size, 16))
+    if order != b"little":
+        raise ValueError(
+            f"{file}: its byteorder is {order!r}, it must be b'little'; load and save it with torch on "
+            "a little-endian machine"
+        )
 
 
 def _unpickle(file: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Any:

@@ -214,13 +214,13 @@ def hostile(what) -> bytes:
     return pickle.dumps({"tok_embeddings.weight": Evil()}, protocol=2)
 
 
-def rezip(file: Path, content: bytes, **options) -> None:
-    """The file again, its pickle replaced."""
+def rezip(file: Path, content: bytes, member: str = "data.pkl", **options) -> None:
+    """The file again, its pickle (or another member) replaced."""
     with zipfile.ZipFile(file) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(file, "w", **options) as archive:
         for name, old in members.items():
-            archive.writestr(name, content if name.endswith("data.pkl") else old)
+            archive.writestr(name, content if name.endswith(member) else old)
 
 
 @pytest.mark.parametrize(
@@ -280,6 +280,15 @@ def test_a_compressed_member(meta, to):
     refused(meta, to, str(file), "compressed")
 
 
+@pytest.mark.parametrize("order", [b"big", b"", b"little "])
+def test_bytes_of_another_order(meta, to, order):
+    file = meta / "consolidated.01.pth"
+    rezip(file, b"little", member="byteorder")
+    assert formats.open_checkpoint(meta, "", "").model == MODEL
+    rezip(file, order, member="byteorder")
+    refused(meta, to, str(file), f"byteorder is {order!r}")
+
+
 @pytest.mark.parametrize("keep", [10, 2000, -30])
 def test_a_truncated_pth(meta, to, keep):
     file = meta / "consolidated.01.pth"
@@ -337,11 +346,28 @@ def test_a_part_of_another_model(meta, tmp_path, to):
     refused(meta, to, "consolidated.01.pth", "attention_norm.weight differs")
 
 
+@pytest.mark.parametrize("with_it", [0, 1])
+def test_an_output_matrix_in_some_parts_only(meta, tmp_path, to, with_it):
+    tied = dataclasses.replace(MODEL, output="tied")
+    synthetic.write(tmp_path / "tied", tied, 2, np.dtype(np.float32))
+    part = f"consolidated.0{1 - with_it}.pth"
+    shutil.copy(tmp_path / "tied" / part, meta / part)
+    refused(meta, to, f"consolidated.0{with_it}.pth has an output.weight", f"{part} has none")
+
+
 def test_a_part_with_other_shapes(meta, tmp_path, to):
     model = dataclasses.replace(MODEL, kv_heads=6)
     synthetic.write(tmp_path / "other", model, 2, np.dtype(np.float32))
     shutil.copy(tmp_path / "other/consolidated.01.pth", meta / "consolidated.01.pth")
     refused(meta, to, "consolidated.01.pth", "layers.0.attention.wk.weight")
+
+
+@pytest.mark.parametrize("layers", [10**9, len(small.state()) + 1])
+def test_more_layers_than_tensors(tmp_path, meta, to, layers):
+    """Before anything is made for each of them."""
+    params = json.loads((meta / "params.json").read_text())
+    (meta / "params.json").write_text(json.dumps({**params, "n_layers": layers}))
+    refused(meta, to, str(meta / "params.json"), f"n_layers={layers}", "21 tensors")
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,30 @@ def test_the_merged_parts_are_the_whole_tensors(meta):
         assert found[unit.hf].tobytes() == whole.tobytes(), unit.hf
 
 
+def test_parts_follow_one_another_by_number(tmp_path):
+    """Also where the numbers are not padded, as they are in names: 0, 1, 10, 11, 2."""
+    model = dataclasses.replace(MODEL, vocab_size=36, dim=48, heads=12, kv_heads=12, ffn_dim=60)
+    synthetic.write(tmp_path / "meta", model, 12, BFLOAT16)
+    start = small.tensors(formats.open_checkpoint(tmp_path / "meta", "", ""))
+    for file in (tmp_path / "meta").glob("*.pth"):
+        number = int(file.name.split(".")[1])
+        file.rename(file.with_name(f"consolidated.{number}.pth"))
+    small.assert_same(small.tensors(formats.open_checkpoint(tmp_path / "meta", "", "")), start)
+
+
+def test_rotary_tables_of_llama_1_are_left_out(tmp_path):
+    """Of Meta's 7B: one in each layer, and one of the whole in later files."""
+    torch = pytest.importorskip("torch")
+    synthetic.write(tmp_path / "meta", MODEL, 1, np.dtype(np.float32))
+    start = small.tensors(formats.open_checkpoint(tmp_path / "meta", "", ""))
+    file = tmp_path / "meta/consolidated.00.pth"
+    state = dict(torch.load(file))
+    for i in range(MODEL.layers):
+        state[f"layers.{i}.attention.inner_attention.rope.freqs"] = torch.ones(2)
+    torch.save({**state, "rope.freqs": torch.ones(2)}, file)
+    small.assert_same(small.tensors(formats.open_checkpoint(tmp_path / "meta", "", "")), start)
+
+
 @pytest.mark.parametrize("rows", [3, 7, 10_000])
 def test_the_size_of_blocks_does_not_matter(meta, tmp_path, monkeypatch, rows):
     """Uneven last pieces, one block, one piece a layer."""
