@@ -156,12 +156,13 @@ def small_files(source: Source, kind: str, dtypes: dict[str, np.dtype]) -> dict[
 
 def _special_ids(source: Source) -> dict[str, Any]:
     """Begin, end and padding, as the checkpoint came with them, else the tokenizer's."""
-    carried = _object(source, "generation_config.json")
-    ids = {name: carried[name] for name in _IDS if carried.get(name) is not None}
-    if ids or source.tokenizer is None:
-        return ids
-    tokenizer = formats.loaded(source.tokenizer)
-    return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    ids: dict[str, Any] = {}
+    if source.tokenizer is not None:
+        tokenizer = formats.loaded(source.tokenizer)
+        ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    for said in (_object(source, "config.json"), _object(source, "generation_config.json")):
+        ids |= {name: said[name] for name in _IDS if said.get(name) is not None}
+    return ids
 
 
 def _object(source: Source, name: str) -> dict[str, Any]:

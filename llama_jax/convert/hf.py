@@ -21,12 +21,13 @@ from llama_jax.convert.stored import Stored
 INDEX = "model.safetensors.index.json"
 WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 SHARD_BYTES = 5 * 10**9  # of one file on export, as transformers 4 wrote
-# Small files that tell how to use the weights; they leave as they came.
+# Small files that tell how to use the weights; they leave as they came. But config.json is written anew,
+# with the special ids of the old one.
 TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
 )
-CARRIED = ("generation_config.json", *TOKENIZER)
+CARRIED = ("config.json", "generation_config.json", *TOKENIZER)
 
 
 def open_folder(folder: Path, tokenizer: Tokenizer | None) -> Source:
@@ -36,8 +37,13 @@ def open_folder(folder: Path, tokenizer: Tokenizer | None) -> Source:
     dropped = [name for name in found if name.endswith("rotary_emb.inv_freq")]
     for name in dropped:
         del found[name]
+    if model.layers > len(found):
+        raise ValueError(
+            f"{folder / 'config.json'}: num_hidden_layers={model.layers} is beyond the {len(found)} "
+            "tensors that the files hold"
+        )
     if model.output == "tied":
-        found.pop("lm_head.weight", None)
+        _drop_copy(found)
     stored = {}
     for unit in names.units(model):
         if unit.hf not in found:
@@ -59,6 +65,16 @@ def open_folder(folder: Path, tokenizer: Tokenizer | None) -> Source:
         carried={n: (folder / n).read_bytes() for n in CARRIED if (folder / n).is_file()},
         notes=(f"{len({t.file for t in stored.values()})} weight file(s)",),
     )
+
+
+def _drop_copy(found: dict[str, Stored]) -> None:
+    """An output matrix beside a tied embedding must be a copy: another one would be lost."""
+    own, embed = found.pop("lm_head.weight", None), found.get("model.embed_tokens.weight")
+    if own and embed and not own.same(embed):
+        raise ValueError(
+            f"{own.file}: {own.name} differs from {embed.name}, to which config.json ties it; set "
+            "tie_word_embeddings to false there, or take the tensor out"
+        )
 
 
 def _read(stored: dict[str, Stored], unit: Unit, start: int, stop: int) -> np.ndarray:

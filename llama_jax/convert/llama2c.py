@@ -10,6 +10,7 @@ import functools
 import math
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,23 +29,16 @@ _LEGACY = ("embed", "attention_norm/scale", "q", "k", "v", "o", "ffn_norm/scale"
 
 def open_file(file: Path, tokenizer: Tokenizer | None) -> Source:
     version, model, context, group, at = read_header(file)
-    if version == 0:
-        order = [*_LEGACY, "norm/scale", "rotary", "output"]
-    else:
-        order = [*_NORMS, *_MATRICES]
-    by_end = {_end(unit.row.path): unit.row for unit in names.units(model)}
+    runs = _runs(version, model, context, group, at)
+    _check_size(file, model, runs)
     places: dict[str, tuple[Stored, ...]] = {}
-    for end in order:
-        if end == "rotary":
-            at = _check_rotary(file, model, context, at)
-        elif end in by_end:
-            for unit in (u for u in names.units(model) if _end(u.row.path) == end):
-                places[unit.hf], at = _place(file, unit, model, group, at)
-    if at != size(file):
-        raise ValueError(
-            f"{file} should have {at:,} bytes for what its header says, but has {size(file):,}; "
-            f"the first tensor beyond its end is {_beyond(places, size(file))}"
-        )
+    for run in runs:
+        if run.row is None:
+            _check_rotary(file, model, context, run.start)
+            continue
+        for layer in range(run.count):
+            unit = names.unit_of(run.row, layer, model)
+            places[unit.hf] = _place(file, unit, model, group, run.start + layer * run.nbytes)
     return Source(
         "llama2c",
         model,
@@ -106,14 +100,66 @@ def _end(path: str) -> str:
     return "/".join(words[-2:]) if words[-1] == "scale" else words[-1]
 
 
-def _place(file: Path, unit: Unit, model, group: int, at: int) -> tuple[tuple[Stored, ...], int]:
+class _Run(NamedTuple):
+    """Tensors of one kind, one behind the other: those of all layers. row None: the rotary tables."""
+
+    row: names.Row | None
+    start: int
+    nbytes: int  # of one
+    count: int
+
+
+def _runs(version: int, model: config.Model, context: int, group: int, at: int) -> list[_Run]:
+    """The whole file by arithmetic: a header may claim millions of layers."""
+    by_end = {_end(row.path): row for row in names.TABLE}
+    order = [*_LEGACY, "norm/scale", "rotary", "output"] if version == 0 else [*_NORMS, *_MATRICES]
+    runs = []
+    for end in order:
+        if end == "output" and model.output == "tied":
+            continue
+        row = by_end.get(end)
+        if row is None:
+            nbytes, count = 2 * context * (model.head_dim // 2) * FLOAT.itemsize, 1
+        else:
+            nbytes = _nbytes(row, model, group)
+            count = model.layers if "{layer}" in row.hf else 1
+        runs.append(_Run(row, at, nbytes, count))
+        at += nbytes * count
+    return runs
+
+
+def _nbytes(row: names.Row, model: config.Model, group: int) -> int:
+    shape = names.torch_shape(row, model)
+    count = math.prod(shape)
+    if not group or len(shape) == 1:
+        return count * FLOAT.itemsize
+    return count * INT8.itemsize + count // group * FLOAT.itemsize
+
+
+def _check_size(file: Path, model: config.Model, runs: list[_Run]) -> None:
+    length, end = size(file), runs[-1].start + runs[-1].nbytes * runs[-1].count
+    if end != length:
+        raise ValueError(
+            f"{file} should have {end:,} bytes for what its header says, but has {length:,}; "
+            f"the first tensor beyond its end is {_beyond(runs, model, length)}"
+        )
+
+
+def _beyond(runs: list[_Run], model: config.Model, length: int) -> str:
+    for row, start, nbytes, count in runs:
+        if start + nbytes * count > length:
+            whole = max(length - start, 0) // nbytes
+            return names.unit_of(row, whole, model).hf if row else "a rotary table"
+    return "none: there is more behind the last"
+
+
+def _place(file: Path, unit: Unit, model, group: int, at: int) -> tuple[Stored, ...]:
     shape = names.torch_shape(unit.row, model)
     values = Stored(file, unit.hf, INT8 if group and len(shape) == 2 else FLOAT, shape, at)
-    at += values.nbytes
     if values.dtype == FLOAT:
-        return (values,), at
-    scales = Stored(file, f"{unit.hf} (scales)", FLOAT, (math.prod(shape) // group,), at)
-    return (values, scales), at + scales.nbytes
+        return (values,)
+    count = math.prod(shape) // group
+    return values, Stored(file, f"{unit.hf} (scales)", FLOAT, (count,), at + values.nbytes)
 
 
 def _check_rotary(file: Path, model: config.Model, context: int, at: int) -> int:
@@ -132,13 +178,6 @@ def _check_rotary(file: Path, model: config.Model, context: int, at: int) -> int
                 f"{file}: its rotary table has base {theta:.0f}, but llama2.c computes with 10000"
             )
     return after
-
-
-def _beyond(places: dict[str, tuple[Stored, ...]], length: int) -> str:
-    for name, stored in places.items():
-        if stored[-1].offset + stored[-1].nbytes > length:
-            return name
-    return "none: there is more behind the last"
 
 
 def _read(model, places, group: int, unit: Unit, start: int, stop: int) -> np.ndarray:

@@ -71,14 +71,15 @@ class Unit(NamedTuple):
 
 def units(model: config.Model) -> list[Unit]:
     """Every tensor of a model, in the order of the computation."""
-    found = [_unit(TABLE[0], 0, model)]
+    found = [unit_of(TABLE[0], 0, model)]
     for layer in range(model.layers):
-        found += [_unit(row, layer, model) for row in TABLE if "{layer}" in row.hf]
-    found.append(_unit(TABLE[-2], 0, model))
-    return found if model.output == "tied" else [*found, _unit(TABLE[-1], 0, model)]
+        found += [unit_of(row, layer, model) for row in TABLE if "{layer}" in row.hf]
+    found.append(unit_of(TABLE[-2], 0, model))
+    return found if model.output == "tied" else [*found, unit_of(TABLE[-1], 0, model)]
 
 
-def _unit(row: Row, layer: int, model: config.Model) -> Unit:
+def unit_of(row: Row, layer: int, model: config.Model) -> Unit:
+    """The tensor of a row of the table in one layer."""
     turn = layer % len(model.pattern)
     inside = "{layer}" in row.hf
     return Unit(

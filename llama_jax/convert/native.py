@@ -86,6 +86,12 @@ def load(folder: Path, module: Transformer) -> Any:
 def open_folder(folder: Path, tokenizer: Tokenizer | None) -> Source:
     model, context, own = settings(folder)
     arrays = _arrays(folder)
+    depths = {array.shape[:1] for path, array in arrays.items() if path.startswith("groups/")}
+    if depths != {(model.groups,)}:
+        raise ValueError(
+            f"{folder}: its arrays hold {[n for depth in depths for n in depth]} layer groups, but the "
+            f"settings say {model.groups}"
+        )
     for unit in names.units(model):
         if unit.path not in arrays:
             raise ValueError(f"{folder} lacks the array {unit.path}")

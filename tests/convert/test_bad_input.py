@@ -161,6 +161,19 @@ def test_values_that_a_narrower_dtype_cannot_hold(tmp_path, to):
     refused(came, to, GATE, "float16 cannot hold", dtype=np.dtype(np.float16))
 
 
+@pytest.mark.parametrize("place", [(0, 0), (47, 23)])
+def test_an_output_matrix_that_a_tied_model_would_lose(tmp_path, to, monkeypatch, place):
+    monkeypatch.setattr("llama_jax.convert.stored._COMPARED", 7 * 24 * 4)
+    tensors = small.state()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    tensors["lm_head.weight"][place] += 1
+    came = small.hf(tmp_path / "hf", tensors, tie_word_embeddings=True)
+    refused(came, to, f"{came / 'model.safetensors'}: lm_head.weight differs", "set tie_word")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:40]
+    came = small.hf(tmp_path / "short", tensors, tie_word_embeddings=True)
+    refused(came, to, f"{came / 'model.safetensors'}: lm_head.weight differs", "set tie_word")
+
+
 SETTINGS = {
     "another kind of model": {"model_type": "mistral"},
     "another activation": {"hidden_act": "gelu"},
@@ -365,6 +378,14 @@ def test_a_part_with_other_shapes(meta, tmp_path, to):
 @pytest.mark.parametrize("layers", [10**9, len(small.state()) + 1])
 def test_more_layers_than_tensors(tmp_path, meta, to, layers):
     """Before anything is made for each of them."""
+    came = small.hf(tmp_path / "hf", num_hidden_layers=layers)
+    words = (str(came / "config.json"), f"num_hidden_layers={layers}", "21 tensors")
+    refused(came, to, *words)
+    small.convert(small.hf(tmp_path / "other"), tmp_path / "native", "native")
+    said = json.loads((tmp_path / "native/model.json").read_text())
+    said["model"]["layers"] = layers
+    (tmp_path / "native/model.json").write_text(json.dumps(said))
+    refused(tmp_path / "native", to, "hold [2] layer groups", f"say {layers}")
     params = json.loads((meta / "params.json").read_text())
     (meta / "params.json").write_text(json.dumps({**params, "n_layers": layers}))
     refused(meta, to, str(meta / "params.json"), f"n_layers={layers}", "21 tensors")

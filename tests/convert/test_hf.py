@@ -20,6 +20,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+WIDE = dataclasses.replace(MODEL, vocab_size=300)  # room for a byte-level tokenizer
 ROPE = config.Rope(theta=5e5, factor=32.0)
 
 
@@ -143,9 +144,8 @@ def test_torchs_bin_files_are_read(tmp_path):
 
 
 def test_a_tokenizer_that_is_given_wins_over_those_that_came_with_the_weights(tmp_path):
-    model = dataclasses.replace(MODEL, vocab_size=300)
-    came = small.hf(tmp_path / "came", small.state(model), vocab_size=300)
-    for name in hf.CARRIED:
+    came = small.hf(tmp_path / "came", small.state(WIDE), vocab_size=300)
+    for name in ("generation_config.json", *hf.TOKENIZER):
         (came / name).write_text('{"theirs": 1}')
     given = small.sentencepiece(300)
     (tmp_path / "given.model").write_bytes(given)
@@ -160,7 +160,52 @@ def test_a_tokenizer_that_is_given_wins_over_those_that_came_with_the_weights(tm
         assert theirs == {"generation_config.json"}
     small.convert(came, tmp_path / "theirs", "native")
     source = formats.open_checkpoint(tmp_path / "theirs", "", tokenizer)
-    assert source.carried.keys() == {"generation_config.json"}
+    assert source.carried.keys() == {"config.json", "generation_config.json"}
+
+
+@pytest.mark.parametrize(
+    ("generation", "ids"),
+    [
+        (None, {"bos_token_id": 5, "eos_token_id": [9, 10], "pad_token_id": 4}),
+        ({"eos_token_id": 3}, {"bos_token_id": 5, "eos_token_id": 3, "pad_token_id": 4}),
+    ],
+    ids=["config.json alone", "both"],
+)
+@pytest.mark.parametrize("tokenizer", [False, True])
+def test_special_ids_go_along(tmp_path, generation, ids, tokenizer):
+    """generation_config.json first, then config.json, then the tokenizer, whose begin is 1."""
+    said = {"bos_token_id": 5, "eos_token_id": [9, 10], "pad_token_id": 4}
+    came = small.hf(tmp_path / "hf", small.state(WIDE), vocab_size=300, **said)
+    if generation:
+        (came / "generation_config.json").write_text(json.dumps(generation))
+    if tokenizer:
+        (came / "tokenizer.model").write_bytes(small.sentencepiece(300))
+    small.convert(came, tmp_path / "native", "native")
+    small.convert(tmp_path / "native", tmp_path / "back", "hf")
+    for place in ("back", "direct"):
+        if place == "direct":
+            small.convert(came, tmp_path / place, "hf")
+        found = json.loads((tmp_path / place / "config.json").read_text())
+        assert {name: found[name] for name in ids} == ids
+        found = json.loads((tmp_path / place / "generation_config.json").read_text())
+        assert {name: found[name] for name in found if name in ids} == (generation or ids)
+
+
+def test_the_tokenizer_gives_the_special_ids_that_nothing_else_does(tmp_path):
+    came = small.hf(tmp_path / "hf", small.state(WIDE), vocab_size=300, eos_token_id=7)
+    (came / "tokenizer.model").write_bytes(small.sentencepiece(300))
+    small.convert(came, tmp_path / "back", "hf")
+    settings = json.loads((tmp_path / "back/config.json").read_text())
+    assert (settings["bos_token_id"], settings["eos_token_id"]) == (1, 7)
+
+
+@pytest.mark.parametrize("kind", ["hf", "native", "meta"])
+def test_a_copy_of_a_tied_matrix_is_left_out(tmp_path, kind):
+    model = dataclasses.replace(MODEL, output="tied")
+    tensors = small.state(model)
+    both = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
+    came = small.hf(tmp_path / "hf", both, tie_word_embeddings=True)
+    small.assert_same(small.tensors(small.convert(came, tmp_path / "to", kind)), tensors)
 
 
 OTHER = {"model": {"type": "BPE", "byte_fallback": True, "vocab": {"a": 0}, "merges": []}}

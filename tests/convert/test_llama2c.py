@@ -139,6 +139,18 @@ def test_a_truncated_file_names_the_first_tensor_that_is_not_whole(tmp_path, ver
     refused(file, "there is more behind the last")
 
 
+@pytest.mark.parametrize("version", [0, 1, 2])
+def test_a_header_that_claims_millions_of_layers(tmp_path, version):
+    """Before anything is made for each of them."""
+    file = tmp_path / "model.bin"
+    write(file, version)
+    content, at = file.read_bytes(), 8 if version else 0
+    file.write_bytes(content[: at + 8] + struct.pack("<i", 2**24) + content[at + 12 :])
+    matrices, norms = 2 * 24 * 24 + 2 * 8 * 24 + 3 * 20 * 24, 2 * 24
+    one = 4 * norms + (2 if version == 2 else 4) * matrices  # a byte, and 4 for a group of 4
+    refused(file, f"should have {len(content) + (2**24 - 2) * one:,} bytes", ".weight")
+
+
 def test_headers_that_are_not_one(tmp_path):
     file = tmp_path / "model.bin"
     file.write_bytes(b"short")
