@@ -29,7 +29,7 @@ DTYPE = flags.DEFINE_enum(
     ("", *(d.name for d in stored.DTYPES.values())),
     "Of the weights; as they are when empty.",
 )
-CHECK = flags.DEFINE_bool("check", False, "Read everything back and compare it bit by bit.")
+CHECK = flags.DEFINE_bool("check", False, "Read everything back and compare it.")
 
 
 def main() -> int:
@@ -50,7 +50,7 @@ def main() -> int:
         written = formats.open_checkpoint(to, FORMAT.value, "")
         with bar(source, "comparing") as progress:
             count = job.compare(source, written, progress.update)
-        print(f"all {count} tensors are equal, bit by bit")
+        print(f"all {count} tensors are equal, bit by bit, and so are the settings")
     rate = job.total_bytes(source) / 1e6 / seconds
     print(f"written to {to} in {seconds:.1f} s, {rate:.0f} MB/s")
     return 0

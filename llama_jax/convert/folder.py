@@ -32,6 +32,7 @@ def convert(source: Source, to: Path, kind: str, dtype: np.dtype | None, progres
     config.choose(CHECKS, kind, "--format")(source.model)
     dtypes = {name: dtype or own for name, own in source.dtypes.items()}
     beside = small_files(source, kind, dtypes)
+    _announce_context(source, kind, report)
     stage = to.with_name(to.name + ".unfinished")
     _check_free(source, to, stage)
     with _held(stage, to):
@@ -58,6 +59,16 @@ def convert(source: Source, to: Path, kind: str, dtype: np.dtype | None, progres
         journal.remove()
         os.replace(stage, to)
     return to
+
+
+def _announce_context(source: Source, kind: str, report) -> None:
+    if kind == "meta":
+        told = meta_params.context_of(meta_params.params_of(source.model))
+        if told != source.context:
+            report(
+                f"Meta's params.json has no word for the {source.context} positions of this model: "
+                f"its other settings are those of models with {told}"
+            )
 
 
 def _check_free(source: Source, to: Path, stage: Path) -> None:

@@ -638,3 +638,39 @@ def test_check_finds_a_flipped_bit(tmp_path, to):
     (to / "model.safetensors").write_bytes(raw)
     with pytest.raises(ValueError, match=r"lm_head\.weight differs"):
         job.compare(source, written, lambda n: None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("rms_norm_eps", 1e-6, r"model\.norm_eps is 1e-06, but 1e-05"),
+        ("rope_theta", 5e5, r"model\.rope is Rope\(theta=500000\.0.*but Rope\(theta=10000\.0"),
+        ("max_position_embeddings", 99, "context is 99, but 64"),
+    ],
+)
+def test_check_finds_a_setting_that_differs(tmp_path, to, name, value, words):
+    from llama_jax.convert import job
+
+    source = formats.open_checkpoint(small.hf(tmp_path / "hf"), "", "")
+    small.convert(tmp_path / "hf", to, "hf")
+    settings = {**json.loads((to / "config.json").read_text()), name: value}
+    settings.pop("rope_parameters")
+    (to / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=words):
+        job.compare(source, formats.open_checkpoint(to, "hf", ""), lambda n: None)
+
+
+@pytest.mark.parametrize("kind", ["native", "hf", "meta"])
+def test_check_leaves_out_what_a_format_cannot_say(tmp_path, to, kind):
+    """How it is computed, how training began it, and in Meta's the positions, which are announced."""
+    from llama_jax.convert import job
+
+    source = formats.open_checkpoint(small.hf(tmp_path / "hf"), "", "")
+    model = dataclasses.replace(source.model, init_std=0.5, remat="full", compute_dtype="bfloat16")
+    source, said = dataclasses.replace(source, model=model), []
+    folder.convert(source, to, kind, None, lambda n: None, said.append)
+    written = formats.open_checkpoint(to, kind, "")
+    assert job.compare(source, written, lambda n: None) == len(names.units(MODEL))
+    assert [("64 positions" in line, "with 4096" in line) for line in said] == (
+        [(True, True)] if kind == "meta" else []
+    )
