@@ -30,11 +30,12 @@ def convert(source: Source, to: Path, kind: str, dtype: np.dtype | None, progres
     A call that was killed goes on from what is there, when made again. progress(bytes of the source done).
     """
     config.choose(CHECKS, kind, "--format")(source.model)
+    _check_free(to)
+    stage = to.with_name(to.name + ".unfinished")
+    _check_stage(source, to, stage)
     dtypes = {name: dtype or own for name, own in source.dtypes.items()}
     beside = small_files(source, kind, dtypes)
     _announce_context(source, kind, report)
-    stage = to.with_name(to.name + ".unfinished")
-    _check_free(source, to, stage)
     with _held(stage, to):
         # Killed while Orbax took the arrays over: some are moved already, and it starts anew.
         handing_over = any(stage.glob(native.PARAMS + "*"))
@@ -71,12 +72,15 @@ def _announce_context(source: Source, kind: str, report) -> None:
             )
 
 
-def _check_free(source: Source, to: Path, stage: Path) -> None:
-    """Nothing that is not ours is written over or removed."""
+def _check_free(to: Path) -> None:
     if to.is_symlink() or (to.exists() and not to.is_dir()):
         raise ValueError(f"--to={to} is a link or a file; name a new folder")
     if to.exists() and any(to.iterdir()):
         raise ValueError(f"--to={to} is there already; name a new folder")
+
+
+def _check_stage(source: Source, to: Path, stage: Path) -> None:
+    """Nothing that is not ours is written over or removed."""
     for file in source.files:
         for place in (stage, to):
             if file.resolve().is_relative_to(place.resolve()):

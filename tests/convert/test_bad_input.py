@@ -522,6 +522,8 @@ def test_a_destination_that_is_no_folder(tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for to in (tmp_path / "link", tmp_path / "dangling", Path("/dev/null"), came / "config.json"):
         refused_at(came, to, f"{to} is a link or a file")
+    with pytest.raises(ValueError, match="--to=/ is there already"):
+        small.convert(came, Path("/"), "native")
 
 
 def refused_at(came: Path, to: Path, words: str, kind: str = "native") -> None:
