@@ -42,14 +42,14 @@ def open_folder(folder: Path, tokenizer: Tokenizer | None) -> Source:
             f"{folder / 'config.json'}: num_hidden_layers={model.layers} is beyond the {len(found)} "
             "tensors that the files hold"
         )
-    if model.output == "tied":
-        _drop_copy(found)
     stored = {}
     for unit in names.units(model):
         if unit.hf not in found:
             raise ValueError(f"{folder} lacks {unit.hf}")
         stored[unit.hf] = found.pop(unit.hf)
         stored[unit.hf].check_shape(names.torch_shape(unit.row, model))
+    if model.output == "tied":
+        _drop_copy(found, stored["model.embed_tokens.weight"])
     for name, tensor in found.items():
         raise ValueError(f"{tensor.file}: {name} is not a tensor of a text LLaMA")
     dtypes = {name: tensor.dtype for name, tensor in stored.items()}
@@ -67,10 +67,10 @@ def open_folder(folder: Path, tokenizer: Tokenizer | None) -> Source:
     )
 
 
-def _drop_copy(found: dict[str, Stored]) -> None:
+def _drop_copy(found: dict[str, Stored], embed: Stored) -> None:
     """An output matrix beside a tied embedding must be a copy: another one would be lost."""
-    own, embed = found.pop("lm_head.weight", None), found.get("model.embed_tokens.weight")
-    if own and embed and not own.same(embed):
+    own = found.pop("lm_head.weight", None)
+    if own and not own.same(embed):
         raise ValueError(
             f"{own.file}: {own.name} differs from {embed.name}, to which config.json ties it; set "
             "tie_word_embeddings to false there, or take the tensor out"

@@ -172,6 +172,9 @@ def test_an_output_matrix_that_a_tied_model_would_lose(tmp_path, to, monkeypatch
     tensors["lm_head.weight"] = tensors["lm_head.weight"][:40]
     came = small.hf(tmp_path / "short", tensors, tie_word_embeddings=True)
     refused(came, to, f"{came / 'model.safetensors'}: lm_head.weight differs", "set tie_word")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] = np.array(1.0, np.float32)
+    came = small.hf(tmp_path / "numbers", tensors, tie_word_embeddings=True)
+    refused(came, to, "model.embed_tokens.weight has shape []")
 
 
 SETTINGS = {
