@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from benchmarks import synthetic
-from llama_jax.convert import folder, formats, names
+from llama_jax.convert import folder, formats, meta_params, names
 from tests.convert import small
 from tests.convert.small import MODEL
 
@@ -94,7 +94,9 @@ def test_bytes_behind_the_last_tensor(tmp_path, to):
 # Hugging Face's index and settings
 
 
-@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", "..", "a/b", 3])
+@pytest.mark.parametrize(
+    "name", ["../elsewhere.safetensors", "/etc/passwd", "..", "a/b", 3, [], {}, None]
+)
 def test_an_index_that_points_outside_its_folder(tmp_path, to, name):
     came = small.hf_shards(tmp_path / "hf")
     index = came / "model.safetensors.index.json"
@@ -188,7 +190,84 @@ def test_settings_that_are_not_computed_here(tmp_path, to, others):
     refused(came, to, word)
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
+LLAMA3 |= {"original_max_position_embeddings": 8192}
+NUMBER, WHOLE = "must be a positive number up to 1e+15", "must be a positive whole number up to"
+VALUES = [
+    *(("rope_theta", value, NUMBER) for value in (None, "abc", [1], {}, True, np.inf, np.nan, 0)),
+    *(
+        ("rms_norm_eps", value, NUMBER) for value in ("x", np.inf, 10**400)
+    ),  # no float is that large
+    *(("hidden_size", value, WHOLE) for value in ("24", 24.0, True, -24, 10**30, [[]])),
+    *(("tie_word_embeddings", value, "must be true or false") for value in ("yes", 1, [])),
+    ("initializer_range", -1.0, NUMBER),
+    ("max_position_embeddings", 10**30, WHOLE),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "rule"), VALUES, ids=lambda value: str(value)[:20])
+def test_a_setting_of_another_type(tmp_path, to, name, value, rule):
+    came = small.hf(tmp_path / "hf", **{name: value})
+    refused(came, to, f"{came / 'config.json'}: {name}={repr(value)[:30]}", rule)
+
+
+SCALINGS = [
+    ("factor", None, NUMBER),
+    ("factor", np.inf, NUMBER),
+    ("low_freq_factor", "1", NUMBER),
+    ("original_max_position_embeddings", [1], WHOLE),
+    ("original_max_position_embeddings", 8192.5, WHOLE),
+]
+
+
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(("name", "value", "rule"), SCALINGS)
+def test_a_rope_scaling_of_another_type(tmp_path, to, spelling, name, value, rule):
+    came = small.hf(tmp_path / "hf", **{spelling: {**LLAMA3, name: value}})
+    refused(came, to, f"{came / 'config.json'}: {name}={value!r}", rule)
+
+
+def test_a_rope_scaling_that_lacks_a_number(tmp_path, to):
+    scaling = {name: value for name, value in LLAMA3.items() if name != "factor"}
+    came = small.hf(tmp_path / "hf", rope_scaling=scaling)
+    refused(came, to, f"{came / 'config.json'} lacks factor")
+
+
+BROKEN = {  # rules of the schema, whose messages name our fields
+    "model.kv_heads=4 must divide": {"num_key_value_heads": 4},
+    "model.head_dim=5 must be even": {"head_dim": 5},
+    "model.rope.high_freq_factor=4.0 must exceed": {
+        "rope_scaling": {**LLAMA3, "low_freq_factor": 4}
+    },
+    "model.kv_heads=7 must divide": {  # a search through all numbers takes a minute
+        "num_attention_heads": 2**31 - 2**20,
+        "num_key_value_heads": 7,
+        "head_dim": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_a_rule_of_ours_that_a_config_breaks_names_the_file(tmp_path, to, rule):
+    came = small.hf(tmp_path / "hf", **BROKEN[rule])
+    refused(came, to, f"{came / 'config.json'}: {rule}")
+
+
+DEEP = '{"a":' * 100_000  # json's scanner calls itself
+
+
+def nested(depth: int) -> list:
+    """A list that json reads, but whose repr fails or fills pages."""
+    return json.loads("[" * depth + "]" * depth)
+
+
+@pytest.mark.parametrize("name", ["model_type", "hidden_act", "rope_theta", "rope_scaling"])
+def test_a_nested_value_is_shown_in_short(tmp_path, to, name):
+    message = refused(small.hf(tmp_path / "hf", **{name: nested(500)}), to, "[[[...]]]")
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", DEEP])
 def test_a_config_that_is_missing_or_damaged(tmp_path, to, content):
     came = small.hf(tmp_path / "hf")
     (came / "config.json").unlink()
@@ -364,7 +443,51 @@ def test_params_that_do_not_fit_the_tensors(meta, to, change, word):
     refused(meta, to, word)
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+PARAMS = [
+    *(("norm_eps", value, NUMBER) for value in (None, "x", np.inf)),
+    *(("n_kv_heads", value, WHOLE) for value in ("2", 2.0, -2, True)),
+    *(("head_dim", value, WHOLE) for value in ("4", 4.0)),
+    *(("multiple_of", value, WHOLE) for value in (0, "256", None)),
+    *(("vocab_size", value, WHOLE) for value in ("48", -2, 48.0, -1.0, False)),
+    *(("rope_theta", value, NUMBER) for value in (None, "a", 0, True)),
+    *(("use_scaled_rope", value, "must be true or false") for value in ("no", 0)),
+    ("ffn_dim_multiplier", "x", NUMBER),
+    ("ffn_dim_multiplier", 1e300, NUMBER),
+    ("rope_scaling_factor", [], NUMBER),
+    ("rope_high_freq_factor", "4", NUMBER),
+    ("model", 5, "must be an object"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "rule"), PARAMS)
+def test_a_parameter_of_another_type(meta, to, name, value, rule):
+    file = meta / "params.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    refused(meta, to, f"{file}: {name}={value!r} {rule}")
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"n_kv_heads": 4}, "model.kv_heads=4 must divide"),
+        ({"use_scaled_rope": True, "rope_high_freq_factor": 1}, "model.rope.high_freq_factor=1.0"),
+    ],
+)
+def test_a_rule_of_ours_that_params_break_names_the_file(meta, to, change, rule):
+    file = meta / "params.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    refused(meta, to, f"{file}: {rule}")
+
+
+@pytest.mark.parametrize("name", ["n_kv_heads", "ffn_dim_multiplier", "rope_scaling_factor"])
+def test_a_parameter_that_is_null_is_absent(meta, name):
+    file = meta / "params.json"
+    params = {k: v for k, v in json.loads(file.read_text()).items() if k != "n_kv_heads"}
+    file.write_text(json.dumps({**params, "ffn_dim_multiplier": 1.0, name: None}))
+    meta_params.read(file)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", DEEP])
 def test_params_that_are_missing_or_damaged(meta, to, content):
     (meta / "params.json").unlink()
     if content is not None:
