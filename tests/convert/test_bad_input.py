@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import struct
+import time
 import zipfile
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from benchmarks import synthetic
-from llama_jax.convert import folder, formats, meta_params, names
+from llama_jax.convert import folder, formats, meta_params, names, safetensors
 from tests.convert import small
 from tests.convert.small import MODEL
 
@@ -41,6 +42,11 @@ def refused(came: Path, to: Path, *words: str, kind: str = "native", dtype=None)
     return message
 
 
+def nested(depth: int) -> list:
+    """A list that json reads, but whose repr fails or fills pages."""
+    return json.loads("[" * depth + "]" * depth)
+
+
 # safetensors
 
 
@@ -56,7 +62,14 @@ OFFSETS = {
     "not two": lambda h: h[GATE].update(data_offsets=[1, 2, 3]),
     "too short for the shape": lambda h: h[GATE].update(shape=[20, 25]),
     "of a dtype that is not a weight's": lambda h: h[GATE].update(dtype="I8"),
+    "of a dtype that is a list": lambda h: h[GATE].update(dtype=[]),
+    "of a dtype that is an object": lambda h: h[GATE].update(dtype={}),
     "without a shape": lambda h: h[GATE].pop("shape"),
+    "of a nested shape": lambda h: h[GATE].update(shape=nested(900)),
+    "of a shape beyond 64 bits": lambda h: h[GATE].update(shape=[0, 2**70], data_offsets=[0, 0]),
+    "of a shape of 6,000 digits": lambda h: h[GATE].update(shape=[10**3000, 10**3000]),
+    "of a shape of many axes": lambda h: h[GATE].update(shape=[2**62] * 1000),
+    "beyond 64 bits": lambda h: h[GATE].update(data_offsets=[2**64, 2**64 + 1920]),
 }
 
 
@@ -74,6 +87,16 @@ def test_a_name_that_is_twice_in_a_header(tmp_path, to):
     data = struct.pack("<Q", len(raw)) + raw + bytes(4)
     (came / "model.safetensors").write_bytes(data)
     refused(came, to, "model.safetensors", "'a' is there twice")
+
+
+def test_a_name_that_is_twice_among_many(tmp_path):
+    """Counting each name in the list of all took a second for ten thousand."""
+    raw = ("{" + "".join(f'"{i}":0,' for i in range(100_000)) + '"x":0,"x":0}').encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw)
+    start = time.process_time()
+    with pytest.raises(ValueError, match="'x' is there twice"):
+        safetensors.read_header(tmp_path / "x.safetensors")
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("cut", [4, 100, -1], ids=["in the length", "in the header", "in the data"])
@@ -254,11 +277,6 @@ def test_a_rule_of_ours_that_a_config_breaks_names_the_file(tmp_path, to, rule):
 
 
 DEEP = '{"a":' * 100_000  # json's scanner calls itself
-
-
-def nested(depth: int) -> list:
-    """A list that json reads, but whose repr fails or fills pages."""
-    return json.loads("[" * depth + "]" * depth)
 
 
 @pytest.mark.parametrize("name", ["model_type", "hidden_act", "rope_theta", "rope_scaling"])
