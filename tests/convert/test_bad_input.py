@@ -10,6 +10,7 @@ import shutil
 import signal
 import struct
 import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from benchmarks import synthetic
-from llama_jax.convert import folder, formats, meta_params, names, safetensors
+from llama_jax.convert import folder, formats, meta_params, names, pth, safetensors
 from tests.convert import small
 from tests.convert.small import MODEL
 
@@ -369,12 +370,150 @@ def test_a_pickle_that_hides_a_function_behind_a_storage(meta, to):
     refused(meta, to, "consolidated.00.pth", "not a storage")
 
 
-def test_a_compressed_member(meta, to):
+PROTO, STORAGE, ORDERED = b"\x80\x02", b"ctorch\nFloatStorage\n", b"ccollections\nOrderedDict\n)R"
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def pickled(
+    shape=b"K\x02K\x02", strides=b"K\x02K\x01", start=b"K\x00", key=None, name=None
+) -> bytes:
+    """{name: a tensor} as torch pickles it; each part is given by its instructions."""
+    key, name = key or text("0"), name or text("tok_embeddings.weight")
+    storage = b"(" + text("storage") + STORAGE + key + text("cpu") + b"K\x04tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + start
+    tensor += b"(" + shape + b"t(" + strides + b"t\x89" + ORDERED + b"tR"
+    return PROTO + ORDERED + name + tensor + b"s."
+
+
+def laughs(levels: int) -> bytes:
+    """((1, 1), (1, 1)) and so on: each level takes five bytes and doubles what is printed or hashed."""
+    return b"K\x01" + b"q\x01h\x01\x86" * levels
+
+
+def attribute(name: str) -> bytes:
+    """The state of BUILD that sets an attribute."""
+    return b"N}" + text(name) + STORAGE + b"s\x86b"
+
+
+PICKLES = {
+    "strides of another length": (pickled(strides=b"K\x01"), "tok_embeddings.weight must have"),
+    "a negative start": (pickled(start=b"J\xff\xff\xff\xff"), "tok_embeddings.weight must have"),
+    "a shape beyond 63 bits": (
+        pickled(shape=b"\x8a\x09" + b"\x7f" * 9 + b"K\x01"),
+        "tok_embeddings.weight must have",
+    ),
+    "a shape of 9,600 digits": (
+        pickled(shape=b"\x8b" + struct.pack("<i", 4000) + b"\x7f" * 4000 + b"K\x01"),
+        "instruction b'\\x8b'",
+    ),
+    "a shape of words": (pickled(shape=text("a") + text("b")), "tok_embeddings.weight must have"),
+    "a shape that doubles": (pickled(shape=laughs(20)), "tok_embeddings.weight must have"),
+    "a storage that doubles": (pickled(key=laughs(20)), "refers to a tuple that is not a storage"),
+    "a reference that doubles": (PROTO + laughs(20) + b"Q.", "refers to a tuple"),
+    "a name that doubles": (pickled(name=laughs(20)), "under a tuple"),
+    "a reference of a list": (PROTO + b"]Q.", "refers to a list"),
+    "an object": (PROTO + STORAGE + b")\x81.", "instruction b'\\x81'"),
+    "a name behind a dot": (b"\x80\x04" + text("os") + text("x.y") + b"\x93.", "b'\\x93'"),
+    "a hidden get": (PROTO + ORDERED + attribute("get") + b".", "holds no tensors"),
+    "a hidden items": (PROTO + ORDERED + attribute("items") + b".", "holds no tensors"),
+    "code of ours": (
+        PROTO + b"ctorch._utils\n_rebuild_tensor_v2\n" + attribute("__kwdefaults__") + b".",
+        "holds a function",
+    ),
+    "five megabytes": (PROTO + b"}" * (5 << 20) + b".", "over 4,194,304"),
+}
+
+
+@pytest.mark.parametrize("case", PICKLES)
+def test_a_pickle_that_torch_does_not_write(meta, to, case):
+    content, word = PICKLES[case]
+    rezip(meta / "consolidated.00.pth", content)
+    message = refused(meta, to, f"{meta / 'consolidated.00.pth'}", word)
+    assert len(message) < 400
+
+
+def test_the_pickle_of_these_tests_is_read(meta):
+    rezip(meta / "consolidated.00.pth", pickled())
+    found = pth.read_names(meta / "consolidated.00.pth")
+    assert found["tok_embeddings.weight"].shape == (2, 2)
+
+
+def test_a_memo_of_a_few_bytes_takes_no_gigabytes(meta, to):
+    """Its largest index is 2^24; the unpickler in C reserves 16 bytes for each up to it."""
+    rezip(meta / "consolidated.00.pth", PROTO + b"}r" + struct.pack("<I", 2**24) + b".")
+    tracemalloc.start()
+    try:
+        refused(meta, to, "consolidated.00.pth holds no tensors")
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("member", ["archive/data.pkl", "archive/data/0"])
+def test_a_compressed_member(meta, to, member):
+    """Six kilobytes of it can be six megabytes of names."""
     file = meta / "consolidated.00.pth"
     with zipfile.ZipFile(file) as archive:
-        content = archive.read("archive/data.pkl")
-    rezip(file, content, compression=zipfile.ZIP_DEFLATED)
-    refused(meta, to, str(file), "compressed")
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            how = zipfile.ZIP_DEFLATED if name == member else zipfile.ZIP_STORED
+            archive.writestr(name, content, how)
+    refused(meta, to, str(file), f"{member} is compressed")
+
+
+def offset(value: int):
+    """A place in the field of large files (PKWARE's appnote 4.5.3) of the last member."""
+
+    def change(raw: bytearray, at: int) -> None:
+        length = struct.unpack_from("<H", raw, at + 28)[0]
+        extra = struct.pack("<HHQ", 1, 8, value)
+        raw[at + 42 : at + 46] = b"\xff" * 4
+        raw[at + 30 : at + 32] = struct.pack("<H", len(extra))
+        raw[at + 46 + length : at + 46 + length] = extra
+        end = raw.rindex(b"PK\x05\x06")
+        size = struct.unpack_from("<I", raw, end + 12)[0]
+        struct.pack_into("<I", raw, end + 12, size + len(extra))
+
+    return change
+
+
+def not_utf8(raw: bytearray, at: int) -> None:
+    raw[at + 8 : at + 10], raw[at + 46] = b"\x00\x08", 0xFF
+
+
+def place(at: int, content: bytes):
+    return lambda raw, entry: raw.__setitem__(slice(entry + at, entry + at + len(content)), content)
+
+
+ENTRIES = {
+    "a version that is needed": place(6, b"\xff\x00"),
+    "encrypted": place(8, b"\x01\x00"),
+    "a compression of another kind": place(10, b"\x63\x00"),
+    "a size of another kind": place(20, b"\xff\xff\xff\x7f"),
+    "a place behind the end": place(42, b"\xf0\xff\xff\x7f"),
+    "a name that is not UTF-8": not_utf8,
+    "a place beyond 63 bits": offset(2**63 - 10),
+    "a place beyond 64 bits": offset(2**64 - 1),
+}
+
+
+@pytest.mark.parametrize("change", ENTRIES.values(), ids=ENTRIES)
+@pytest.mark.parametrize("member", ["archive/data.pkl", "archive/data/0"])
+def test_an_entry_of_the_zip_that_torch_does_not_write(meta, to, member, change):
+    file = meta / "consolidated.00.pth"
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    raw = bytearray(file.read_bytes())
+    change(raw, raw.index(member.encode(), raw.index(b"PK\x01\x02")) - 46)
+    file.write_bytes(raw)
+    refused(meta, to, str(file))
 
 
 @pytest.mark.parametrize("keep", [10, 2000, -30])
