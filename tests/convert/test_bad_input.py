@@ -14,11 +14,14 @@ import tracemalloc
 import zipfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from benchmarks import synthetic
-from llama_jax.convert import folder, formats, meta_params, names, pth, safetensors
+from llama_jax import config, sharding
+from llama_jax.convert import folder, formats, meta_params, names, native, pth, safetensors
+from llama_jax.model import transformer
 from tests.convert import small
 from tests.convert.small import MODEL
 
@@ -657,6 +660,62 @@ def test_a_vocabulary_that_is_not_the_tokenizers(meta, to, shared):
     params = json.loads((meta / "params.json").read_text())
     (meta / "params.json").write_text(json.dumps({**params, "vocab_size": -1}))
     refused(meta, to, "tok_embeddings.weight", "48", "the tokenizer has 32000")
+
+
+# Our own folders
+
+
+@pytest.fixture
+def ours(tmp_path):
+    small.convert(small.hf(tmp_path / "hf"), tmp_path / "ours", "native")
+    return tmp_path / "ours"
+
+
+SAID = [
+    *(("context", value, WHOLE) for value in ("abc", None, 0, 64.0)),
+    *(("model", value, "model=") for value in ([], None, 5, nested(500))),
+    *(("tokenizer", value, "tokenizer=") for value in (5, "BPE")),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "rule"), SAID, ids=lambda value: str(value)[:20])
+def test_a_model_json_that_says_something_else(ours, to, name, value, rule):
+    said = json.loads((ours / "model.json").read_text())
+    (ours / "model.json").write_text(json.dumps({**said, name: value}))
+    message = refused(ours, to, str(ours), "its settings cannot be read", rule)
+    assert len(message) < 2000
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model": 5}', DEEP])
+@pytest.mark.parametrize("name", ["model.json", "run.json"])
+def test_settings_of_ours_that_are_damaged(ours, to, name, content):
+    (ours / "model.json").unlink()
+    (ours / name).write_text(content)
+    refused(ours, to, f"{ours}: its settings cannot be read")
+
+
+@pytest.mark.parametrize(
+    "cut", [lambda raw: b"", lambda raw: raw[: len(raw) // 2], lambda raw: b"[]"]
+)
+@pytest.mark.parametrize("name", ["_METADATA", "output/zarr.json"])
+def test_arrays_whose_description_is_damaged(ours, to, name, cut):
+    file = ours / "params" / name
+    file.write_bytes(cut(file.read_bytes()))
+    refused(ours, to, f"{ours / 'params'} is not a readable checkpoint")
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda file: file.write_bytes(b"half")])
+def test_a_piece_of_an_array_that_is_missing_or_cut(ours, to, change, capfd):
+    """Orbax's restore raises an Exception of forty lines, and prints two hundred later."""
+    chunk = ours / "params/output/c/0/0"
+    change(chunk)
+    module = transformer.build(MODEL, sharding.make(config.Mesh(), jax.devices()[:1]))
+    with pytest.raises(ValueError, match=rf"^{ours} is damaged \(.*{chunk}") as error:
+        native.load(ours, module)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=str(chunk)):
+        small.convert(ours, to, "hf")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 # Where it comes from and where it goes
