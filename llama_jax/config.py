@@ -10,6 +10,7 @@ value, place, rule and the nearest valid value.
 
 import dataclasses
 import difflib
+import math
 import typing
 from typing import Any
 
@@ -38,7 +39,8 @@ def _not_negative(part, place, *names):
 
 def _divides(small_place, small, large_place, large):
     if large % small:
-        fits = [n for n in range(1, large + 1) if large % n == 0]
+        low = [n for n in range(1, math.isqrt(large) + 1) if large % n == 0]
+        fits = sorted({*low, *(large // n for n in low)})
         near = sorted(sorted(fits, key=lambda n: abs(n - small))[:6])
         tries = f"{', '.join(map(str, near[:-1]))} or {near[-1]}" if near[1:] else f"{near[0]}"
         raise ValueError(f"{small_place}={small} must divide {large_place}={large}; try {tries}")

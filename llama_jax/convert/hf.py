@@ -6,16 +6,15 @@ are written, with the same numbers.
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llama_jax import config
-from llama_jax.convert import names, pth, safetensors
+from llama_jax.convert import json_file, names, pth, safetensors
 from llama_jax.convert.names import Unit
-from llama_jax.convert.source import Source, Tokenizer, compute_dtype
+from llama_jax.convert.source import Source, Tokenizer, compute_dtype, naming
 from llama_jax.convert.stored import Stored
 
 INDEX = "model.safetensors.index.json"
@@ -31,7 +30,7 @@ CARRIED = ("config.json", "generation_config.json", *TOKENIZER)
 
 
 def open_folder(folder: Path, tokenizer: Tokenizer | None) -> Source:
-    settings = _read_json(folder / "config.json")
+    settings = json_file.read(folder / "config.json")
     model, context = model_of(settings, folder / "config.json")
     found = _tensors(folder)
     dropped = [name for name in found if name.endswith("rotary_emb.inv_freq")]
@@ -81,18 +80,6 @@ def _read(stored: dict[str, Stored], unit: Unit, start: int, stop: int) -> np.nd
     return stored[unit.hf].rows(start, stop)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text())
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} must hold an object, not a {type(value).__name__}")
-    return value
-
-
 def _chosen(folder: Path) -> Path:
     """The file of weights, or their index."""
     for name in WEIGHTS:
@@ -106,13 +93,16 @@ def _tensors(folder: Path) -> dict[str, Stored]:
     name = _chosen(folder).name
     if not name.endswith(".index.json"):
         return _header(folder / name)
-    where = _read_json(folder / name).get("weight_map")
+    where = json_file.read(folder / name).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise ValueError(f"{folder / name} must have a weight_map of tensor -> file")
+    for shard in where.values():
+        if not isinstance(shard, str) or shard != Path(shard).name or shard in ("", ".", ".."):
+            raise ValueError(
+                f"{folder / name} points to {json_file.shown(shard)}, which is not a file beside it"
+            )
     found: dict[str, Stored] = {}
     for shard in dict.fromkeys(where.values()):
-        if not isinstance(shard, str) or shard != Path(shard).name or shard in ("", ".", ".."):
-            raise ValueError(f"{folder / name} points to {shard!r}, which is not a file beside it")
         if not (folder / shard).is_file():
             raise ValueError(
                 f"{folder / shard} is missing; {name} puts {_first(where, shard)} in it"
@@ -144,14 +134,17 @@ def model_of(settings: dict[str, Any], file: Path) -> tuple[config.Model, int]:
     """
     kind = settings.get("model_type")
     if kind != "llama":
-        raise ValueError(f"{file}: model_type={kind!r} must be 'llama', the text models")
+        raise ValueError(
+            f"{file}: model_type={json_file.shown(kind)} must be 'llama', the text models"
+        )
     for name, only in (
         *(("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)),
         *(("quantization_config", None),),
     ):
         if settings.get(name, only) != only:
             raise ValueError(
-                f"{file}: {name}={settings[name]!r} is not LLaMA's; only {only!r} is computed here"
+                f"{file}: {name}={json_file.shown(settings[name])} is not LLaMA's; only {only!r} is "
+                "computed here"
             )
     values = {
         ours: _value(settings, theirs, kind, file) for ours, (theirs, kind) in _SETTINGS.items()
@@ -162,7 +155,9 @@ def model_of(settings: dict[str, Any], file: Path) -> tuple[config.Model, int]:
     tied = values.pop("tied")
     context = values.pop("context")
     rope = rope_of(settings, file)
-    return config.Model(**values, rope=rope, output="tied" if tied else "untied"), context
+    with naming(file):
+        model = config.Model(**values, rope=rope, output="tied" if tied else "untied")
+    return model, context
 
 
 # Our name: theirs, and the kind of its value or the default that transformers has.
@@ -183,19 +178,9 @@ _SETTINGS: dict[str, tuple[str, Any]] = {
 
 def _value(settings: dict[str, Any], name: str, default: Any, file: Path) -> Any:
     required = isinstance(default, type)
-    value = settings.get(name)
-    if value is None:
-        if required:
-            raise ValueError(f"{file} lacks {name}")
+    if settings.get(name) is None and not required:
         return default
-    wanted = default if required else type(default)
-    if wanted is float and type(value) is int:
-        value = float(value)
-    if type(value) is not wanted or (wanted is int and value <= 0):
-        raise ValueError(
-            f"{file}: {name}={value!r} must be a {'positive ' * (wanted is int)}number"
-        )
-    return value
+    return json_file.value(settings, name, default if required else type(default), file)
 
 
 def rope_of(settings: dict[str, Any], file: Path) -> config.Rope:
@@ -203,38 +188,46 @@ def rope_of(settings: dict[str, Any], file: Path) -> config.Rope:
     new, old = settings.get("rope_parameters"), settings.get("rope_scaling")
     for scaling in (new, old):
         if scaling is not None and not isinstance(scaling, dict):
-            raise ValueError(f"{file}: {scaling!r} must be an object of rope settings")
-    thetas = [s["rope_theta"] for s in (settings, new or {}, old or {}) if "rope_theta" in s]
+            raise ValueError(
+                f"{file}: {json_file.shown(scaling)} must be an object of rope settings"
+            )
+    thetas = [
+        json_file.value(said, "rope_theta", float, file)
+        for said in (settings, new or {}, old or {})
+        if "rope_theta" in said
+    ]
     found = [_rope(new, thetas, file)] if new else []
     if not new or "rope_scaling" in settings:
         found.append(_rope(old or {}, thetas, file))
     if len(set(thetas)) > 1 or found[0] != found[-1]:
         raise ValueError(
-            f"{file}: rope_parameters={new} contradicts rope_theta={settings.get('rope_theta')} and "
-            f"rope_scaling={old}"
+            f"{file}: rope_parameters={json_file.shown(new)} contradicts "
+            f"rope_theta={settings.get('rope_theta')} and rope_scaling={json_file.shown(old)}"
         )
     return found[0]
 
 
 def _rope(scaling: dict[str, Any], thetas: list[float], file: Path) -> config.Rope:
-    theta = float(thetas[0]) if thetas else 10_000.0
+    theta = thetas[0] if thetas else 10_000.0
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return config.Rope(theta=theta)
     if kind != "llama3":
         raise ValueError(
-            f"{file}: rope_type={kind!r} of its rope scaling must be 'default' or 'llama3'"
+            f"{file}: rope_type={json_file.shown(kind)} of its rope scaling must be 'default' or "
+            "'llama3'"
         )
-    try:
-        return config.Rope(
-            theta=theta,
-            factor=float(scaling["factor"]),
-            low_freq_factor=float(scaling["low_freq_factor"]),
-            high_freq_factor=float(scaling["high_freq_factor"]),
-            original_length=int(scaling["original_max_position_embeddings"]),
+    values = {
+        ours: json_file.value(scaling, theirs, kind, file)
+        for ours, theirs, kind in (
+            ("factor", "factor", float),
+            ("low_freq_factor", "low_freq_factor", float),
+            ("high_freq_factor", "high_freq_factor", float),
+            ("original_length", "original_max_position_embeddings", int),
         )
-    except KeyError as error:
-        raise ValueError(f"{file}: rope scaling 'llama3' lacks {error.args[0]}") from error
+    }
+    with naming(file):
+        return config.Rope(theta=theta, **values)
 
 
 # Out.

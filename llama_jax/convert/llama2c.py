@@ -17,7 +17,7 @@ import numpy as np
 from llama_jax import config
 from llama_jax.convert import names
 from llama_jax.convert.names import Unit
-from llama_jax.convert.source import Source, Tokenizer
+from llama_jax.convert.source import Source, Tokenizer, naming
 from llama_jax.convert.stored import DTYPES, Stored, size
 
 MAGIC = 0x616B3432
@@ -79,18 +79,19 @@ def read_header(file: Path) -> tuple[int, config.Model, int, int, int]:
     group = struct.unpack_from("<i", raw, 37)[0] if version == 2 else 0
     if version == 2 and (group <= 0 or dim % group):
         raise ValueError(f"{file}: groups of {group} must divide dim={dim}")
-    model = config.Model(
-        vocab_size=abs(vocab_size),
-        dim=dim,
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=dim // heads,
-        ffn_dim=ffn_dim,
-        norm_eps=1e-5,
-        output="tied" if tied else "untied",
-        compute_dtype="float32",
-    )
+    with naming(file):
+        model = config.Model(
+            vocab_size=abs(vocab_size),
+            dim=dim,
+            layers=layers,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=dim // heads,
+            ffn_dim=ffn_dim,
+            norm_eps=1e-5,
+            output="tied" if tied else "untied",
+            compute_dtype="float32",
+        )
     return version, model, context, group, at
 
 
@@ -173,11 +174,19 @@ def _check_rotary(file: Path, model: config.Model, context: int, at: int) -> int
         inverse = model.rope.theta ** -(np.arange(0, model.head_dim, 2) / model.head_dim)
         given = bool(np.any(sin))  # some writers leave the tables empty: run.c skips them
         if given and not np.allclose([cos, sin], [np.cos(inverse), np.sin(inverse)], atol=1e-4):
-            theta = math.atan2(float(sin[1]), float(cos[1])) ** (-model.head_dim / 2)
             raise ValueError(
-                f"{file}: its rotary table has base {theta:.0f}, but llama2.c computes with 10000"
+                f"{file}: its rotary table has {_base(cos, sin, model)}, but llama2.c computes with 10000"
             )
     return after
+
+
+def _base(cos: np.ndarray, sin: np.ndarray, model: config.Model) -> str:
+    """The rotary base that the second pair's angle at position 1 tells, if it tells one."""
+    try:
+        angle = math.atan2(float(sin[1]), float(cos[1]))
+        return f"base {angle ** (-model.head_dim / 2):.0f}"
+    except (IndexError, ZeroDivisionError, OverflowError):
+        return "another base"
 
 
 def _read(model, places, group: int, unit: Unit, start: int, stop: int) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 from llama_jax import config
 from llama_jax.convert import meta_params, names, pth
 from llama_jax.convert.names import Unit
-from llama_jax.convert.source import Source, Tokenizer, compute_dtype
+from llama_jax.convert.source import Source, Tokenizer, compute_dtype, naming
 from llama_jax.convert.stored import Stored
 
 IGNORED = "rope.freqs"  # ends the names of LLaMA 1's tables, which the settings determine
@@ -88,19 +88,21 @@ def model_of(params: dict, shards, pieces: int, folder: Path) -> tuple[config.Mo
     if params.get("vocab_size", -1) == -1 and pieces:
         notes.append(f"vocab_size -1 in params.json: {pieces} pieces of the tokenizer")
     tied = _tied(shards)
-    rope, note = meta_params.rope_of(params, tied)
-    model = config.Model(
-        vocab_size=_vocab_size(params, shards, pieces),
-        dim=dim,
-        layers=layers,
-        heads=heads,
-        kv_heads=params.get("n_kv_heads") or heads,
-        head_dim=params.get("head_dim") or dim // heads,
-        ffn_dim=_ffn_dim(params, shards),
-        norm_eps=float(params["norm_eps"]),
-        rope=rope,
-        output="tied" if tied else "untied",
-    )
+    vocab_size, ffn_dim = _vocab_size(params, shards, pieces), _ffn_dim(params, shards)
+    with naming(folder / "params.json"):
+        rope, note = meta_params.rope_of(params, tied)
+        model = config.Model(
+            vocab_size=vocab_size,
+            dim=dim,
+            layers=layers,
+            heads=heads,
+            kv_heads=params.get("n_kv_heads") or heads,
+            head_dim=params.get("head_dim") or dim // heads,
+            ffn_dim=ffn_dim,
+            norm_eps=float(params["norm_eps"]),
+            rope=rope,
+            output="tied" if tied else "untied",
+        )
     return model, (*notes, *note)
 
 

@@ -5,31 +5,34 @@ multiple_of), and neither the number of positions nor, as first published, the f
 Source: ModelArgs and apply_scaling of Meta's llama-models (models/llama3/args.py, model.py).
 """
 
-import json
 from pathlib import Path
 
 from llama_jax import config
-from llama_jax.convert import hf
+from llama_jax.convert import hf, json_file
+
+# The kind of each setting. The second group may be absent, the third may also be null.
+_REQUIRED = {"dim": int, "n_layers": int, "n_heads": int, "norm_eps": float}
+_OPTIONAL = {"multiple_of": int, "rope_theta": float, "use_scaled_rope": bool}
+_NULLABLE = {
+    **{"n_kv_heads": int, "head_dim": int, "ffn_dim_multiplier": float},
+    **{"rope_scaling_factor": float, "rope_high_freq_factor": float},
+}
 
 
 def read(file: Path) -> dict:
-    try:
-        params = json.loads(file.read_text())
-        if not isinstance(params, dict):
-            raise ValueError("not an object")
-    except OSError as error:
-        raise ValueError(
-            f"{file} cannot be read: {error.strerror}; Meta's .pth needs it"
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON of settings ({error})") from error
-    params = params.get("model", params)
-    missing = {"dim", "n_layers", "n_heads", "norm_eps"} - params.keys()
+    """The settings, each of its kind."""
+    params = json_file.read(file)
+    if "model" in params:
+        params = json_file.value(params, "model", dict, file)
+    missing = _REQUIRED.keys() - params.keys()
     if missing:
         raise ValueError(f"{file} lacks {', '.join(sorted(missing))}")
-    for name in ("dim", "n_layers", "n_heads"):
-        if type(params[name]) is not int or params[name] <= 0:
-            raise ValueError(f"{file}: {name}={params[name]!r} must be a positive whole number")
+    kinds = {**_REQUIRED, **_OPTIONAL, **_NULLABLE}
+    if type(params.get("vocab_size")) is not int or params["vocab_size"] not in (-1, 0):
+        kinds["vocab_size"] = int  # both mean the tokenizer's
+    for name, kind in kinds.items():
+        if name in params and not (name in _NULLABLE and params[name] is None):
+            json_file.value(params, name, kind, file)
     return params
 
 

@@ -1,11 +1,11 @@
 """Torch's .pth and .bin files, read without torch and without running what is in them.
 
 A file is a zip of uncompressed members: `data.pkl`, a pickle of the names and of how each tensor lies in
-its storage, and one member `data/KEY` a storage. A pickle may name any function to be called. Ours looks
-up six harmless names and refuses all others, so that a hostile file is an error and nothing more.
+its storage, and one member `data/KEY` a storage. A pickle may name any function to be called, and a few
+bytes of it can ask for gigabytes. Ours looks up six harmless names, follows the instructions that torch
+writes and refuses all others, so that a hostile file is an error and nothing more.
 """
 
-import collections
 import io
 import math
 import pickle
@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llama_jax.convert.stored import DTYPES, Stored
+from llama_jax.convert.stored import DTYPES, MAX_AXES, Stored, are_sizes
 
-MAX_PICKLE = 64 << 20  # bytes of names; LLaMA 65B needs 0.1 MB
+MAX_PICKLE = 4 << 20  # bytes of names; Llama 3.1 405B, of 1,138 tensors, needs 0.2 MB
 STORAGES = {
     "FloatStorage": DTYPES["F32"],
     "HalfStorage": DTYPES["F16"],
@@ -33,42 +33,113 @@ class _Storage(NamedTuple):
 
 
 class _Tensor(NamedTuple):
+    """As the pickle has it, to be checked once its name is known."""
+
     storage: _Storage
     start: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
 
-def _tensor(storage, start, shape, strides, *_) -> _Tensor:
-    return _Tensor(storage, start, tuple(shape), tuple(strides))
+# As torch calls them, with no room for more: a list of arguments is copied at each call.
+def _tensor(storage, start, shape, strides, requires_grad=False, hooks=None, metadata=None):
+    return _Tensor(storage, start, shape, strides)
+
+
+def _parameter(tensor, requires_grad=True, hooks=None):
+    return tensor
+
+
+def _dictionary() -> dict:
+    """For an OrderedDict, without attributes that could hide its methods."""
+    return {}
 
 
 _KNOWN = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "OrderedDict"): _dictionary,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
     **{("torch", name): dtype for name, dtype in STORAGES.items()},
 }
 
 
-class _Names(pickle.Unpickler):
-    """An unpickler that can make dictionaries and our own descriptions of tensors, nothing else."""
+class _Instructions(dict):
+    def __missing__(self, code: int):
+        raise ValueError(
+            f"its pickle has the instruction {bytes([code])}, which torch does not write"
+        )
+
+
+# Those of torch's reader for weights alone (torch/_weights_only_unpickler.py), less sets and instances.
+_PICKLE_OF_TORCH = (
+    *(pickle.PROTO, pickle.STOP, pickle.GLOBAL, pickle.REDUCE, pickle.BINPERSID, pickle.BUILD),
+    *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET, pickle.MARK),
+    *(pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS),
+    *(pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS),
+    *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+    *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BINUNICODE, pickle.BINFLOAT),
+    *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
+)
+
+
+class _Names(pickle._Unpickler):
+    """An unpickler that can make dictionaries and our own descriptions of tensors, nothing else.
+
+    The one in Python: its memo is a dictionary (the one in C takes 8 bytes for each index up to the
+    largest, which a file chooses), and it can be told which instructions there are. 405B takes 0.1 s.
+    """
+
+    dispatch = _Instructions({c[0]: pickle._Unpickler.dispatch[c[0]] for c in _PICKLE_OF_TORCH})
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _KNOWN:
             return _KNOWN[module, name]
+        asked = ascii(f"{module}.{name}"[:80])
         if module == "torch" and name.endswith("Storage"):
-            raise ValueError(f"it has tensors of torch.{name}; weights must be {_kinds()}")
-        raise ValueError(f"its pickle asks for {module}.{name}, which no weights need; refused")
+            raise ValueError(f"it has tensors of {asked}; weights must be {_kinds()}")
+        raise ValueError(f"its pickle asks for {asked}, which no weights need; refused")
 
     def persistent_load(self, pid: Any) -> _Storage:
         try:
             what, dtype, key, _, count = pid
         except (TypeError, ValueError):
-            what = None
-        if what != "storage" or not isinstance(dtype, np.dtype) or type(count) is not int:
-            raise ValueError(f"its pickle refers to {str(pid)[:80]}, which is not a storage")
-        return _Storage(dtype, str(key), count)
+            what = key = None
+        if (
+            not (type(what) is type(key) is str and what == "storage")
+            or not isinstance(dtype, np.dtype)
+            or type(count) is not int
+        ):
+            # Not the value: printing a tuple of tuples that share parts doubles with each level.
+            raise ValueError(f"its pickle refers to a {type(pid).__name__} that is not a storage")
+        return _Storage(dtype, key, count)
+
+    def load_build(self):
+        """Attributes, as the _metadata of a module's state, are left out: none is set on anything."""
+        self.stack.pop()
+
+    def load_setitem(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set([key, value])
+
+    def load_setitems(self):
+        self._set(self.pop_mark())
+
+    def _set(self, items: list) -> None:
+        into = self.stack[-1]
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            # The hash of a tuple of tuples that share parts takes twice as long with each level.
+            if type(into) is not dict or not isinstance(key, str | int | float | None):
+                raise ValueError(
+                    f"its pickle puts a value under a {type(key).__name__} into a "
+                    f"{type(into).__name__}; dictionaries must have names"
+                )
+            into[key] = value
+
+    dispatch |= {
+        pickle.BUILD[0]: load_build,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+    }
 
 
 def _kinds() -> str:
@@ -78,7 +149,7 @@ def _kinds() -> str:
 def read_names(file: Path) -> dict[str, Stored]:
     """{name: where it lies}. ValueError names the file, the tensor and what is wrong."""
     try:
-        with zipfile.ZipFile(file) as archive, open(file, "rb") as raw:
+        with _archive(file) as archive, open(file, "rb") as raw:
             members = {member.filename: member for member in archive.infolist()}
             pickles = [name for name in members if name.endswith("/data.pkl")]
             if len(pickles) != 1:
@@ -95,10 +166,21 @@ def read_names(file: Path) -> dict[str, Stored]:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from error
     except zipfile.BadZipFile as error:
         raise ValueError(
-            f"{file} is not a whole zip file as torch has written since 1.6; fetch it again, or load "
-            "and save it with a newer torch"
+            f"{file} is not a whole zip file as torch has written since 1.6 ({error}); fetch it again, "
+            "or load and save it with a newer torch"
         ) from error
-    return {name: _place(file, name, tensor, places) for name, tensor in _tensors(file, tree)}
+    found = {name: _place(file, name, tensor, places) for name, tensor in _tensors(file, tree)}
+    if not found:
+        raise ValueError(f"{file} holds no tensors")
+    return found
+
+
+def _archive(file: Path) -> zipfile.ZipFile:
+    """The index of a zip; zipfile raises four more kinds of error for one that is damaged."""
+    try:
+        return zipfile.ZipFile(file)
+    except (ValueError, RuntimeError, OverflowError, struct.error) as error:
+        raise zipfile.BadZipFile(error) from error
 
 
 def _check_byteorder(file: Path, raw, member: zipfile.ZipInfo | None) -> None:
@@ -119,6 +201,7 @@ def _unpickle(file: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> 
         raise ValueError(
             f"{file}: its data.pkl has {member.file_size:,} bytes, over {MAX_PICKLE:,}"
         )
+    _check_stored(file, member)
     try:
         return _Names(io.BytesIO(archive.read(member))).load()
     except ValueError as error:
@@ -139,22 +222,38 @@ def _tensors(file: Path, tree: Any):
             yield str(name), value
 
 
+def _check_stored(file: Path, member: zipfile.ZipInfo) -> None:
+    plain = member.compress_type == zipfile.ZIP_STORED and not member.flag_bits & 1
+    if not plain or member.compress_size != member.file_size:
+        raise ValueError(
+            f"{file}: {member.filename} is compressed or encrypted; torch does not write that"
+        )
+
+
 def _data_offset(file: Path, raw, member: zipfile.ZipInfo) -> int:
     """Where a member's bytes begin: behind its own header, whose lengths may differ from the index's."""
-    raw.seek(member.header_offset)
-    header = raw.read(30)
+    header = b""
+    if are_sizes([member.header_offset]):
+        raw.seek(member.header_offset)
+        header = raw.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
         raise ValueError(f"{file}: {member.filename} is damaged")
-    if member.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{file}: {member.filename} is compressed; torch does not write that")
+    _check_stored(file, member)
     return member.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
 
 
 def _place(file: Path, name: str, tensor: _Tensor, places) -> Stored:
     storage = tensor.storage
-    numbers = (*tensor.shape, *tensor.strides, tensor.start)
-    if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError(f"{file}: {name} is described wrongly: {str(tensor)[:120]}")
+    if (
+        not isinstance(storage, _Storage)
+        or not (type(tensor.shape) is type(tensor.strides) is tuple)
+        or not len(tensor.shape) == len(tensor.strides) <= MAX_AXES
+        or not are_sizes((*tensor.shape, *tensor.strides, tensor.start))
+    ):
+        raise ValueError(
+            f"{file}: {name} must have a storage, a start, a shape and strides of as many axes (at most "
+            f"{MAX_AXES}), whole and not negative"
+        )
     rows, row_major = 1, []
     for extent in reversed(tensor.shape):
         row_major.insert(0, rows)

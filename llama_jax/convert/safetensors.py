@@ -5,6 +5,7 @@ data_offsets}}, then the data, without holes. We read and write it ourselves bec
 in pieces, and because a wrong header must be named, not only refused.
 """
 
+import collections
 import json
 import math
 import struct
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_jax.convert.stored import DTYPES, Stored, size
+from llama_jax.convert.json_file import shown
+from llama_jax.convert.stored import DTYPES, MAX_AXES, Stored, are_sizes, size
 
 MAX_HEADER = 100_000_000  # bytes, the limit of the reference implementation
 
@@ -42,22 +44,25 @@ def read_header(file: Path) -> dict[str, Stored]:
 
 
 def _unique(pairs):
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) != len(keys):
-        raise ValueError(f"{next(k for k in keys if keys.count(k) > 1)!r} is there twice")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        counts = collections.Counter(key for key, _ in pairs)
+        raise ValueError(f"{next(key for key, n in counts.items() if n > 1)!r} is there twice")
+    return found
 
 
 def _entry(file: Path, name: str, entry, data: int) -> Stored:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        whole = (
+            isinstance(dtype, str) and len(shape) <= MAX_AXES and are_sizes((*shape, begin, end))
+        )
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:
         raise ValueError(
-            f"{file}: {name} must have a dtype, a shape and two data_offsets that are whole and not "
-            f"negative; it has {str(entry)[:120]}"
+            f"{file}: {name} must have a dtype, a shape of at most {MAX_AXES} axes and two data_offsets "
+            f"that are whole and not negative; it has {shown(entry)}"
         )
     if dtype not in DTYPES:
         raise ValueError(

@@ -1,8 +1,9 @@
 """What every kind of checkpoint gives once it is opened: settings, and rows of tensors in one layout."""
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -48,3 +49,12 @@ def compute_dtype(dtypes: dict[str, np.dtype]) -> str:
 def tokenizer_of(content: bytes) -> Tokenizer:
     """The tokenizer in a file: tiktoken ranks are lines of text, a SentencePiece model is not."""
     return Tokenizer("bpe" if re.match(rb"[A-Za-z0-9+/=]+ \d+\r?\n", content) else "sp", content)
+
+
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Puts the file in front of an error: the schema names its own fields, not where they were read."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error

@@ -1,8 +1,10 @@
 """A tensor inside a file: where it lies and how its rows are read, without the rest of the file."""
 
+import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +19,7 @@ DTYPES = {
 _INFINITY = {"float32": 0x7F80_0000, "float16": 0x7C00, "bfloat16": 0x7F80}
 _CHECKED = 1 << 17  # elements at a time: they stay in the cache
 _COMPARED = 16 << 20  # bytes at a time
+MAX_AXES = 8  # of a shape in a file's header; the family's tensors have one or two
 
 
 class Stored(NamedTuple):
@@ -30,7 +33,7 @@ class Stored(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Elements start..stop along the first axis. ValueError if the file ends before them."""
@@ -64,6 +67,11 @@ class Stored(NamedTuple):
                 f"{self.file}: {self.name} has shape {list(self.shape)}, but the settings of the "
                 f"checkpoint say {list(shape)}"
             )
+
+
+def are_sizes(numbers: Iterable[Any]) -> bool:
+    """Whether all are whole numbers that a size or a place in a file can be: of 63 bits, not negative."""
+    return all(type(n) is int and 0 <= n < 2**63 for n in numbers)
 
 
 def check_finite(rows: np.ndarray, file: Path, name: str) -> None:

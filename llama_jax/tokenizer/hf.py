@@ -81,32 +81,14 @@ def ranks_to_hf_json(content: bytes) -> dict:
 def hf_json_to_ranks(content: str | bytes) -> bytes:
     """The tiktoken ranks in a Llama 3 tokenizer.json. ValueError where it is another tokenizer."""
     try:
-        document = json.loads(content)
-        model, added = document["model"], document["added_tokens"]
-        vocab, merges = model["vocab"], model["merges"]
-        pre_tokenizer = document["pre_tokenizer"]
-    except (ValueError, KeyError, TypeError) as error:
+        return _ranks(json.loads(content))
+    except (
+        *(json.JSONDecodeError, UnicodeDecodeError, RecursionError),
+        *(KeyError, TypeError, AttributeError),  # of another shape than is looked for
+    ) as error:
         raise ValueError(
             f"tokenizer.json is not a BPE tokenizer of Hugging Face: {error}"
         ) from error
-    _check_kind(model, pre_tokenizer)
-    tokens = sorted(vocab, key=vocab.get)
-    if [vocab[token] for token in tokens] != list(range(len(vocab))):
-        raise ValueError(
-            f"tokenizer.json: the ids of model.vocab ({len(vocab)}) must be 0..{len(vocab) - 1}"
-        )
-    _check_specials(added, len(vocab))
-    _check_merges(merges, vocab)
-    letters = {char: byte for byte, char in enumerate(_ALPHABET)}
-    try:
-        raw = [bytes(letters[char] for char in token) for token in tokens]
-    except KeyError as error:
-        raise ValueError(
-            f"tokenizer.json: character {error} in model.vocab is outside of the byte alphabet"
-        ) from error
-    lines = b"".join(b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(raw))
-    bpe.parse(lines, "tokenizer.json")
-    return lines
 
 
 def sp_to_hf_json(content: bytes) -> dict:
@@ -161,6 +143,30 @@ def sp_to_hf_json(content: bytes) -> dict:
             "merges": [f"{left} {right}" for _, _, left, right in pairs],
         },
     )
+
+
+def _ranks(document: dict) -> bytes:
+    model, added = document["model"], document["added_tokens"]
+    vocab, merges = model["vocab"], model["merges"]
+    pre_tokenizer = document["pre_tokenizer"]
+    _check_kind(model, pre_tokenizer)
+    tokens = sorted(vocab, key=vocab.get)
+    if [vocab[token] for token in tokens] != list(range(len(vocab))):
+        raise ValueError(
+            f"tokenizer.json: the ids of model.vocab ({len(vocab)}) must be 0..{len(vocab) - 1}"
+        )
+    _check_specials(added, len(vocab))
+    _check_merges(merges, vocab)
+    letters = {char: byte for byte, char in enumerate(_ALPHABET)}
+    try:
+        raw = [bytes(letters[char] for char in token) for token in tokens]
+    except KeyError as error:
+        raise ValueError(
+            f"tokenizer.json: character {error} in model.vocab is outside of the byte alphabet"
+        ) from error
+    lines = b"".join(b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(raw))
+    bpe.parse(lines, "tokenizer.json")
+    return lines
 
 
 def _document(added, normalizer, pre_tokenizer, post_processor, decoder, model) -> dict:

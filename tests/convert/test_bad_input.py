@@ -9,14 +9,19 @@ import resource
 import shutil
 import signal
 import struct
+import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from benchmarks import synthetic
-from llama_jax.convert import folder, formats, names
+from llama_jax import config, sharding
+from llama_jax.convert import folder, formats, meta_params, names, native, pth, safetensors
+from llama_jax.model import transformer
 from tests.convert import small
 from tests.convert.small import MODEL
 
@@ -41,6 +46,11 @@ def refused(came: Path, to: Path, *words: str, kind: str = "native", dtype=None)
     return message
 
 
+def nested(depth: int) -> list:
+    """A list that json reads, but whose repr fails or fills pages."""
+    return json.loads("[" * depth + "]" * depth)
+
+
 # safetensors
 
 
@@ -56,7 +66,14 @@ OFFSETS = {
     "not two": lambda h: h[GATE].update(data_offsets=[1, 2, 3]),
     "too short for the shape": lambda h: h[GATE].update(shape=[20, 25]),
     "of a dtype that is not a weight's": lambda h: h[GATE].update(dtype="I8"),
+    "of a dtype that is a list": lambda h: h[GATE].update(dtype=[]),
+    "of a dtype that is an object": lambda h: h[GATE].update(dtype={}),
     "without a shape": lambda h: h[GATE].pop("shape"),
+    "of a nested shape": lambda h: h[GATE].update(shape=nested(900)),
+    "of a shape beyond 64 bits": lambda h: h[GATE].update(shape=[0, 2**70], data_offsets=[0, 0]),
+    "of a shape of 6,000 digits": lambda h: h[GATE].update(shape=[10**3000, 10**3000]),
+    "of a shape of many axes": lambda h: h[GATE].update(shape=[2**62] * 1000),
+    "beyond 64 bits": lambda h: h[GATE].update(data_offsets=[2**64, 2**64 + 1920]),
 }
 
 
@@ -74,6 +91,16 @@ def test_a_name_that_is_twice_in_a_header(tmp_path, to):
     data = struct.pack("<Q", len(raw)) + raw + bytes(4)
     (came / "model.safetensors").write_bytes(data)
     refused(came, to, "model.safetensors", "'a' is there twice")
+
+
+def test_a_name_that_is_twice_among_many(tmp_path):
+    """Counting each name in the list of all took a second for ten thousand."""
+    raw = ("{" + "".join(f'"{i}":0,' for i in range(100_000)) + '"x":0,"x":0}').encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw)
+    start = time.process_time()
+    with pytest.raises(ValueError, match="'x' is there twice"):
+        safetensors.read_header(tmp_path / "x.safetensors")
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("cut", [4, 100, -1], ids=["in the length", "in the header", "in the data"])
@@ -94,7 +121,9 @@ def test_bytes_behind_the_last_tensor(tmp_path, to):
 # Hugging Face's index and settings
 
 
-@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", "..", "a/b", 3])
+@pytest.mark.parametrize(
+    "name", ["../elsewhere.safetensors", "/etc/passwd", "..", "a/b", 3, [], {}, None]
+)
 def test_an_index_that_points_outside_its_folder(tmp_path, to, name):
     came = small.hf_shards(tmp_path / "hf")
     index = came / "model.safetensors.index.json"
@@ -204,7 +233,79 @@ def test_settings_that_are_not_computed_here(tmp_path, to, others):
     refused(came, to, word)
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
+LLAMA3 |= {"original_max_position_embeddings": 8192}
+NUMBER, WHOLE = "must be a positive number up to 1e+15", "must be a positive whole number up to"
+VALUES = [
+    *(("rope_theta", value, NUMBER) for value in (None, "abc", [1], {}, True, np.inf, np.nan, 0)),
+    *(
+        ("rms_norm_eps", value, NUMBER) for value in ("x", np.inf, 10**400)
+    ),  # no float is that large
+    *(("hidden_size", value, WHOLE) for value in ("24", 24.0, True, -24, 10**30, [[]])),
+    *(("tie_word_embeddings", value, "must be true or false") for value in ("yes", 1, [])),
+    ("initializer_range", -1.0, NUMBER),
+    ("max_position_embeddings", 10**30, WHOLE),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "rule"), VALUES, ids=lambda value: str(value)[:20])
+def test_a_setting_of_another_type(tmp_path, to, name, value, rule):
+    came = small.hf(tmp_path / "hf", **{name: value})
+    refused(came, to, f"{came / 'config.json'}: {name}={repr(value)[:30]}", rule)
+
+
+SCALINGS = [
+    ("factor", None, NUMBER),
+    ("factor", np.inf, NUMBER),
+    ("low_freq_factor", "1", NUMBER),
+    ("original_max_position_embeddings", [1], WHOLE),
+    ("original_max_position_embeddings", 8192.5, WHOLE),
+]
+
+
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(("name", "value", "rule"), SCALINGS)
+def test_a_rope_scaling_of_another_type(tmp_path, to, spelling, name, value, rule):
+    came = small.hf(tmp_path / "hf", **{spelling: {**LLAMA3, name: value}})
+    refused(came, to, f"{came / 'config.json'}: {name}={value!r}", rule)
+
+
+def test_a_rope_scaling_that_lacks_a_number(tmp_path, to):
+    scaling = {name: value for name, value in LLAMA3.items() if name != "factor"}
+    came = small.hf(tmp_path / "hf", rope_scaling=scaling)
+    refused(came, to, f"{came / 'config.json'} lacks factor")
+
+
+BROKEN = {  # rules of the schema, whose messages name our fields
+    "model.kv_heads=4 must divide": {"num_key_value_heads": 4},
+    "model.head_dim=5 must be even": {"head_dim": 5},
+    "model.rope.high_freq_factor=4.0 must exceed": {
+        "rope_scaling": {**LLAMA3, "low_freq_factor": 4}
+    },
+    "model.kv_heads=7 must divide": {  # a search through all numbers takes a minute
+        "num_attention_heads": 2**31 - 2**20,
+        "num_key_value_heads": 7,
+        "head_dim": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_a_rule_of_ours_that_a_config_breaks_names_the_file(tmp_path, to, rule):
+    came = small.hf(tmp_path / "hf", **BROKEN[rule])
+    refused(came, to, f"{came / 'config.json'}: {rule}")
+
+
+DEEP = '{"a":' * 100_000  # json's scanner calls itself
+
+
+@pytest.mark.parametrize("name", ["model_type", "hidden_act", "rope_theta", "rope_scaling"])
+def test_a_nested_value_is_shown_in_short(tmp_path, to, name):
+    message = refused(small.hf(tmp_path / "hf", **{name: nested(500)}), to, "[[[...]]]")
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", DEEP])
 def test_a_config_that_is_missing_or_damaged(tmp_path, to, content):
     came = small.hf(tmp_path / "hf")
     (came / "config.json").unlink()
@@ -288,12 +389,150 @@ def test_a_pickle_that_hides_a_function_behind_a_storage(meta, to):
     refused(meta, to, "consolidated.00.pth", "not a storage")
 
 
-def test_a_compressed_member(meta, to):
+PROTO, STORAGE, ORDERED = b"\x80\x02", b"ctorch\nFloatStorage\n", b"ccollections\nOrderedDict\n)R"
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def pickled(
+    shape=b"K\x02K\x02", strides=b"K\x02K\x01", start=b"K\x00", key=None, name=None
+) -> bytes:
+    """{name: a tensor} as torch pickles it; each part is given by its instructions."""
+    key, name = key or text("0"), name or text("tok_embeddings.weight")
+    storage = b"(" + text("storage") + STORAGE + key + text("cpu") + b"K\x04tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + start
+    tensor += b"(" + shape + b"t(" + strides + b"t\x89" + ORDERED + b"tR"
+    return PROTO + ORDERED + name + tensor + b"s."
+
+
+def laughs(levels: int) -> bytes:
+    """((1, 1), (1, 1)) and so on: each level takes five bytes and doubles what is printed or hashed."""
+    return b"K\x01" + b"q\x01h\x01\x86" * levels
+
+
+def attribute(name: str) -> bytes:
+    """The state of BUILD that sets an attribute."""
+    return b"N}" + text(name) + STORAGE + b"s\x86b"
+
+
+PICKLES = {
+    "strides of another length": (pickled(strides=b"K\x01"), "tok_embeddings.weight must have"),
+    "a negative start": (pickled(start=b"J\xff\xff\xff\xff"), "tok_embeddings.weight must have"),
+    "a shape beyond 63 bits": (
+        pickled(shape=b"\x8a\x09" + b"\x7f" * 9 + b"K\x01"),
+        "tok_embeddings.weight must have",
+    ),
+    "a shape of 9,600 digits": (
+        pickled(shape=b"\x8b" + struct.pack("<i", 4000) + b"\x7f" * 4000 + b"K\x01"),
+        "instruction b'\\x8b'",
+    ),
+    "a shape of words": (pickled(shape=text("a") + text("b")), "tok_embeddings.weight must have"),
+    "a shape that doubles": (pickled(shape=laughs(20)), "tok_embeddings.weight must have"),
+    "a storage that doubles": (pickled(key=laughs(20)), "refers to a tuple that is not a storage"),
+    "a reference that doubles": (PROTO + laughs(20) + b"Q.", "refers to a tuple"),
+    "a name that doubles": (pickled(name=laughs(20)), "under a tuple"),
+    "a reference of a list": (PROTO + b"]Q.", "refers to a list"),
+    "an object": (PROTO + STORAGE + b")\x81.", "instruction b'\\x81'"),
+    "a name behind a dot": (b"\x80\x04" + text("os") + text("x.y") + b"\x93.", "b'\\x93'"),
+    "a hidden get": (PROTO + ORDERED + attribute("get") + b".", "holds no tensors"),
+    "a hidden items": (PROTO + ORDERED + attribute("items") + b".", "holds no tensors"),
+    "code of ours": (
+        PROTO + b"ctorch._utils\n_rebuild_tensor_v2\n" + attribute("__kwdefaults__") + b".",
+        "holds a function",
+    ),
+    "five megabytes": (PROTO + b"}" * (5 << 20) + b".", "over 4,194,304"),
+}
+
+
+@pytest.mark.parametrize("case", PICKLES)
+def test_a_pickle_that_torch_does_not_write(meta, to, case):
+    content, word = PICKLES[case]
+    rezip(meta / "consolidated.00.pth", content)
+    message = refused(meta, to, f"{meta / 'consolidated.00.pth'}", word)
+    assert len(message) < 400
+
+
+def test_the_pickle_of_these_tests_is_read(meta):
+    rezip(meta / "consolidated.00.pth", pickled())
+    found = pth.read_names(meta / "consolidated.00.pth")
+    assert found["tok_embeddings.weight"].shape == (2, 2)
+
+
+def test_a_memo_of_a_few_bytes_takes_no_gigabytes(meta, to):
+    """Its largest index is 2^24; the unpickler in C reserves 16 bytes for each up to it."""
+    rezip(meta / "consolidated.00.pth", PROTO + b"}r" + struct.pack("<I", 2**24) + b".")
+    tracemalloc.start()
+    try:
+        refused(meta, to, "consolidated.00.pth holds no tensors")
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("member", ["archive/data.pkl", "archive/data/0"])
+def test_a_compressed_member(meta, to, member):
+    """Six kilobytes of it can be six megabytes of names."""
     file = meta / "consolidated.00.pth"
     with zipfile.ZipFile(file) as archive:
-        content = archive.read("archive/data.pkl")
-    rezip(file, content, compression=zipfile.ZIP_DEFLATED)
-    refused(meta, to, str(file), "compressed")
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            how = zipfile.ZIP_DEFLATED if name == member else zipfile.ZIP_STORED
+            archive.writestr(name, content, how)
+    refused(meta, to, str(file), f"{member} is compressed")
+
+
+def offset(value: int):
+    """A place in the field of large files (PKWARE's appnote 4.5.3) of the last member."""
+
+    def change(raw: bytearray, at: int) -> None:
+        length = struct.unpack_from("<H", raw, at + 28)[0]
+        extra = struct.pack("<HHQ", 1, 8, value)
+        raw[at + 42 : at + 46] = b"\xff" * 4
+        raw[at + 30 : at + 32] = struct.pack("<H", len(extra))
+        raw[at + 46 + length : at + 46 + length] = extra
+        end = raw.rindex(b"PK\x05\x06")
+        size = struct.unpack_from("<I", raw, end + 12)[0]
+        struct.pack_into("<I", raw, end + 12, size + len(extra))
+
+    return change
+
+
+def not_utf8(raw: bytearray, at: int) -> None:
+    raw[at + 8 : at + 10], raw[at + 46] = b"\x00\x08", 0xFF
+
+
+def place(at: int, content: bytes):
+    return lambda raw, entry: raw.__setitem__(slice(entry + at, entry + at + len(content)), content)
+
+
+ENTRIES = {
+    "a version that is needed": place(6, b"\xff\x00"),
+    "encrypted": place(8, b"\x01\x00"),
+    "a compression of another kind": place(10, b"\x63\x00"),
+    "a size of another kind": place(20, b"\xff\xff\xff\x7f"),
+    "a place behind the end": place(42, b"\xf0\xff\xff\x7f"),
+    "a name that is not UTF-8": not_utf8,
+    "a place beyond 63 bits": offset(2**63 - 10),
+    "a place beyond 64 bits": offset(2**64 - 1),
+}
+
+
+@pytest.mark.parametrize("change", ENTRIES.values(), ids=ENTRIES)
+@pytest.mark.parametrize("member", ["archive/data.pkl", "archive/data/0"])
+def test_an_entry_of_the_zip_that_torch_does_not_write(meta, to, member, change):
+    file = meta / "consolidated.00.pth"
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    raw = bytearray(file.read_bytes())
+    change(raw, raw.index(member.encode(), raw.index(b"PK\x01\x02")) - 46)
+    file.write_bytes(raw)
+    refused(meta, to, str(file))
 
 
 @pytest.mark.parametrize("order", [b"big", b"", b"little "])
@@ -414,7 +653,51 @@ def test_params_that_do_not_fit_the_tensors(meta, to, change, word):
     refused(meta, to, word)
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+PARAMS = [
+    *(("norm_eps", value, NUMBER) for value in (None, "x", np.inf)),
+    *(("n_kv_heads", value, WHOLE) for value in ("2", 2.0, -2, True)),
+    *(("head_dim", value, WHOLE) for value in ("4", 4.0)),
+    *(("multiple_of", value, WHOLE) for value in (0, "256", None)),
+    *(("vocab_size", value, WHOLE) for value in ("48", -2, 48.0, -1.0, False)),
+    *(("rope_theta", value, NUMBER) for value in (None, "a", 0, True)),
+    *(("use_scaled_rope", value, "must be true or false") for value in ("no", 0)),
+    ("ffn_dim_multiplier", "x", NUMBER),
+    ("ffn_dim_multiplier", 1e300, NUMBER),
+    ("rope_scaling_factor", [], NUMBER),
+    ("rope_high_freq_factor", "4", NUMBER),
+    ("model", 5, "must be an object"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "rule"), PARAMS)
+def test_a_parameter_of_another_type(meta, to, name, value, rule):
+    file = meta / "params.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    refused(meta, to, f"{file}: {name}={value!r} {rule}")
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"n_kv_heads": 4}, "model.kv_heads=4 must divide"),
+        ({"use_scaled_rope": True, "rope_high_freq_factor": 1}, "model.rope.high_freq_factor=1.0"),
+    ],
+)
+def test_a_rule_of_ours_that_params_break_names_the_file(meta, to, change, rule):
+    file = meta / "params.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    refused(meta, to, f"{file}: {rule}")
+
+
+@pytest.mark.parametrize("name", ["n_kv_heads", "ffn_dim_multiplier", "rope_scaling_factor"])
+def test_a_parameter_that_is_null_is_absent(meta, name):
+    file = meta / "params.json"
+    params = {k: v for k, v in json.loads(file.read_text()).items() if k != "n_kv_heads"}
+    file.write_text(json.dumps({**params, "ffn_dim_multiplier": 1.0, name: None}))
+    meta_params.read(file)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", DEEP])
 def test_params_that_are_missing_or_damaged(meta, to, content):
     (meta / "params.json").unlink()
     if content is not None:
@@ -442,6 +725,62 @@ def test_a_tokenizer_with_more_ids_than_the_vocabulary(tmp_path, kind):
     shutil.copy(many, tmp_path / kind / "of/tokenizer.model")
     with pytest.raises(ValueError, match=r"has 49 ids, more than model\.vocab_size=48"):
         formats.open_checkpoint(tmp_path / kind / "of", "", "")
+
+
+# Our own folders
+
+
+@pytest.fixture
+def ours(tmp_path):
+    small.convert(small.hf(tmp_path / "hf"), tmp_path / "ours", "native")
+    return tmp_path / "ours"
+
+
+SAID = [
+    *(("context", value, WHOLE) for value in ("abc", None, 0, 64.0)),
+    *(("model", value, "model=") for value in ([], None, 5, nested(500))),
+    *(("tokenizer", value, "tokenizer=") for value in (5, "BPE")),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "rule"), SAID, ids=lambda value: str(value)[:20])
+def test_a_model_json_that_says_something_else(ours, to, name, value, rule):
+    said = json.loads((ours / "model.json").read_text())
+    (ours / "model.json").write_text(json.dumps({**said, name: value}))
+    message = refused(ours, to, str(ours), "its settings cannot be read", rule)
+    assert len(message) < 2000
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model": 5}', DEEP])
+@pytest.mark.parametrize("name", ["model.json", "run.json"])
+def test_settings_of_ours_that_are_damaged(ours, to, name, content):
+    (ours / "model.json").unlink()
+    (ours / name).write_text(content)
+    refused(ours, to, f"{ours}: its settings cannot be read")
+
+
+@pytest.mark.parametrize(
+    "cut", [lambda raw: b"", lambda raw: raw[: len(raw) // 2], lambda raw: b"[]"]
+)
+@pytest.mark.parametrize("name", ["_METADATA", "output/zarr.json"])
+def test_arrays_whose_description_is_damaged(ours, to, name, cut):
+    file = ours / "params" / name
+    file.write_bytes(cut(file.read_bytes()))
+    refused(ours, to, f"{ours / 'params'} is not a readable checkpoint")
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda file: file.write_bytes(b"half")])
+def test_a_piece_of_an_array_that_is_missing_or_cut(ours, to, change, capfd):
+    """Orbax's restore raises an Exception of forty lines, and prints two hundred later."""
+    chunk = ours / "params/output/c/0/0"
+    change(chunk)
+    module = transformer.build(MODEL, sharding.make(config.Mesh(), jax.devices()[:1]))
+    with pytest.raises(ValueError, match=rf"^{ours} is damaged \(.*{chunk}") as error:
+        native.load(ours, module)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=str(chunk)):
+        small.convert(ours, to, "hf")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 # Where it comes from and where it goes

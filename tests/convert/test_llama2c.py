@@ -170,3 +170,33 @@ def test_a_rotary_table_of_another_base(tmp_path):
     file = tmp_path / "model.bin"
     write(file, 0, theta=500_000.0)
     refused(file, "base 500000")
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "cos", "sin"),
+    [(2, 0.5, 0.5), (4, [0.5, 1.0], [0.5, 0.0]), (128, 1.0, 1e-30), (4, np.nan, np.nan)],
+    ids=["one pair", "no angle", "an angle too small", "not a number"],
+)
+def test_a_rotary_table_that_tells_no_base(tmp_path, head_dim, cos, sin):
+    model = dataclasses.replace(MODEL, heads=2, kv_heads=2, head_dim=head_dim, dim=2 * head_dim)
+    model = dataclasses.replace(model, output="tied")
+    file = tmp_path / "model.bin"
+    write(file, 0, model)
+    raw = np.frombuffer(bytearray(file.read_bytes()), "<f4")
+    tables = raw[-16 * head_dim :].reshape(2, 16, head_dim // 2)
+    tables[0, 1], tables[1, 1] = cos, sin
+    file.write_bytes(raw.tobytes())
+    refused(file, "its rotary table has")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rule"),
+    [
+        ((8, 8, 1, 8, 8, 8, 8), "model.head_dim=1 must be even"),
+        ((8, 8, 1, 4, 3, 8, 8), "kv_heads=3"),
+    ],
+)
+def test_a_rule_of_ours_that_a_header_breaks_names_the_file(tmp_path, sizes, rule):
+    file = tmp_path / "model.bin"
+    file.write_bytes(struct.pack("<7i", *sizes))
+    refused(file, f"{file}: model.", rule)

@@ -39,6 +39,19 @@ def test_parameters_and_a_nested_model_are_read(tmp_path, torch):
     assert pth.read_names(tmp_path / "x.pth")["w"].shape == (2, 3)
 
 
+def test_the_state_of_a_module_is_read(tmp_path, torch):
+    """An OrderedDict with an attribute, _metadata; a training checkpoint has more beside it."""
+    module = torch.nn.Linear(3, 2)
+    whole = {"model": module.state_dict(), "epoch": 1, "lr": 1e-3, "seen": [1, None, {2: True}]}
+    for saved in (module.state_dict(), whole):
+        torch.save(saved, tmp_path / "x.pth")
+        found = pth.read_names(tmp_path / "x.pth")
+        assert {name: tensor.shape for name, tensor in found.items()} == {
+            "weight": (2, 3),
+            "bias": (2,),
+        }
+
+
 @pytest.mark.parametrize(
     ("make", "word"),
     [

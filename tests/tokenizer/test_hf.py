@@ -145,6 +145,33 @@ def split(document):
 WRONG = {
     "not JSON": (lambda: "{", "is not a BPE tokenizer of Hugging Face"),
     "a list": (lambda: "[]", "is not a BPE tokenizer of Hugging Face"),
+    "not UTF-8": (lambda: b'{"\xff', "is not a BPE tokenizer of Hugging Face"),
+    "deep": (
+        lambda: '{"a":' * 100_000,
+        "is not a BPE tokenizer of Hugging Face: maximum recursion",
+    ),
+    "no pattern": (
+        lambda: edited(lambda d: d["pre_tokenizer"]["pretokenizers"][0].pop("pattern")),
+        "of Hugging Face: 'pattern'",
+    ),
+    "no type": (
+        lambda: edited(lambda d: d["pre_tokenizer"]["pretokenizers"][0].pop("type")),
+        "of Hugging Face: 'type'",
+    ),
+    "a step alone": (lambda: edited(lambda d: d.update(pre_tokenizer={"x": 1})), "Face: 'type'"),
+    "a word for steps": (lambda: edited(lambda d: d.update(pre_tokenizer="x")), "of Hugging Face"),
+    "a pattern that is a word": (
+        lambda: edited(lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern="x")),
+        "of Hugging Face: 'str' object",
+    ),
+    "mixed ids": (lambda: edited(lambda d: d["model"]["vocab"].update(ab="x")), "of Hugging Face"),
+    "ids that are lists": (
+        lambda: edited(lambda d: d["added_tokens"][0].update(id=[])),
+        "of Hugging Face: unhashable",
+    ),
+    "added by number": (lambda: edited(lambda d: d.update(added_tokens=5)), "of Hugging Face"),
+    "merges of numbers": (lambda: edited(lambda d: d["model"].update(merges=[5])), "Hugging Face"),
+    "a vocabulary as a list": (lambda: edited(lambda d: d["model"].update(vocab=["a"])), "Face"),
     "no merges": (lambda: edited(lambda d: d["model"].pop("merges")), "of Hugging Face: 'merges'"),
     "unigram": (lambda: edited(lambda d: d["model"].update(type="Unigram")), "type='Unigram'"),
     "whole": (lambda: edited(lambda d: d.update(pre_tokenizer=None)), "no byte-level BPE"),
