@@ -251,14 +251,21 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Devices along each axis; -1, allowed once, takes those that are left."""
+    """Devices along each axis; -1, allowed once, takes those that are left.
 
+    data repeats the parameters and splits the rows, fsdp splits both, context splits the positions of a
+    row, tensor the heads and hidden widths. slices: TPU slices, joined by the data centre's network.
+    """
+
+    slices: int = 1
     data: int = 1
     fsdp: int = -1
+    context: int = 1
     tensor: int = 1
+    hardware: str = "any"  # the slice that the page was laid out for, as in 7b.py:v4_32
 
     def __post_init__(self):
-        sizes = dataclasses.asdict(self)
+        sizes = {name: n for name, n in dataclasses.asdict(self).items() if name != "hardware"}
         if any(size == 0 or size < -1 for size in sizes.values()):
             raise ValueError(f"mesh={sizes} must be positive, or -1 for what is left")
         if list(sizes.values()).count(-1) > 1:

@@ -6,43 +6,48 @@ divide raises; nothing is silently replicated.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llama_jax import config, dims
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("slices", "data", "fsdp", "context", "tensor")
 
-# Parameters: their width over fsdp (ZeRO stage 3, arXiv:1910.02054), their other large dimension
-# over tensor (arXiv:1909.08053). Norm scales carry only D and are sharded likewise.
-PARAMETERS = {
-    **{"D": ("fsdp",)},
-    **{"N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",)},
-    **{"H": (), "L": ()},
-}
-# Activations: rows over every data-parallel axis, heads and hidden widths over tensor.
-ACTIVATIONS = {
-    **{"B": ("data", "fsdp"), "T": (), "S": (), "D": ()},
-    **{"N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",)},
-    **{"G": (), "H": ()},
-}
+_WIDE = {"N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",)}
+# Parameters at rest: their width over fsdp (ZeRO stage 3, arXiv:1910.02054), and over context, whose
+# devices would else hold the same; their other large dimension over tensor (arXiv:1909.08053).
+# Norm scales carry only D and are sharded likewise.
+PARAMETERS = {"D": ("fsdp", "context"), **_WIDE, "H": (), "L": ()}
+# Parameters in use: gathered over fsdp.
+GATHERED = {**PARAMETERS, "D": ()}
+# A batch as it comes from the hosts: rows over every data-parallel axis.
+BATCH = {"B": ("slices", "data", "fsdp"), "T": ()}
+# Activations: heads and hidden widths over tensor; positions over context, and over tensor where nothing
+# else is: residuals and norms (sequence parallelism, arXiv:2205.05198).
+ACTIVATIONS = {**BATCH, "T": ("context", "tensor"), "S": (), "D": (), **_WIDE, "G": (), "H": ()}
+# Within attention every position is needed: heads take the place of positions over context (all-to-all,
+# arXiv:2309.14509).
+HEADS = {**ACTIVATIONS, "N": ("tensor", "context"), "K": ("tensor", "context"), "T": ()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """A mesh and what each letter means on it. Hashable, so that modules may hold it."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh  # abstract: for shapes, before there are devices
 
     def param(self, letters: str) -> NamedSharding:
         return NamedSharding(self.mesh, _spec(PARAMETERS, letters))
 
     def batch(self, letters: str) -> NamedSharding:
-        return NamedSharding(self.mesh, _spec(ACTIVATIONS, letters))
+        return NamedSharding(self.mesh, _spec(BATCH, letters))
 
     @property
     def replicated(self) -> NamedSharding:
@@ -51,20 +56,73 @@ class Layout:
     @property
     def row_parts(self) -> int:
         """The number of parts that the rows of a batch are spread over."""
-        return self._parts(ACTIVATIONS, "B")
+        return self._parts(BATCH, "B")
+
+    @property
+    def position_parts(self) -> int:
+        """The number of parts that the positions of a row are spread over between layers."""
+        return self._parts(ACTIVATIONS, "T")
 
     def act(self, x: jax.Array, letters: str) -> jax.Array:
         """Constrain an activation inside jit: `layout.act(x_BTD, "BTD")`."""
+        return self._constrain(x, ACTIVATIONS, letters)
+
+    def materialise(self, x: jax.Array) -> jax.Array:
+        """Keep XLA from computing x again inside each operation that reads it."""
+        return x if self.mesh.size == 1 else _materialise(x)
+
+    def rest(self, w: jax.Array, letters: str) -> jax.Array:
+        """Constrain a parameter, or its gradient, to the place where the parameter is kept."""
+        return self._constrain(w, PARAMETERS, letters)
+
+    def gather(self, w: jax.Array, letters: str, dtype: str) -> jax.Array:
+        """A parameter for use: cast, then whole over fsdp.
+
+        The gradient is constrained to the shard at once, so that it is reduce-scattered. The transpose of
+        a mere constraint would ask for the whole gradient on every device: an all-reduce, twice the
+        bytes.
+        """
+        if self.mesh.size == 1:
+            return w.astype(dtype)
+        return _gather(self.rest(w.astype(dtype), letters), self, letters)
+
+    def heads(self, q_BNTH: jax.Array, *keys_BKSH: jax.Array) -> tuple[jax.Array, ...]:
+        """Queries, keys and values as attention wants them: every position of a part of the heads.
+
+        Where there are more parts than key heads, those are repeated.
+        """
+        parts = self._parts(HEADS, "K")
+        self.check((q_BNTH.shape[1],), "N", "attention", HEADS)
+        times = math.lcm(parts, keys_BKSH[0].shape[1]) // keys_BKSH[0].shape[1]
+        keys = (jnp.repeat(x, times, axis=1) if times > 1 else x for x in keys_BKSH)
+        return (
+            self._constrain(q_BNTH, HEADS, "BNTH"),
+            *(self._constrain(x, HEADS, "BKSH") for x in keys),
+        )
+
+    def on_own_heads(self, attend, q_BNTH, k_BKSH, v_BKSH, segments_BT) -> jax.Array:
+        """Call `attend` on each device with its own rows and heads, for kernels that see one device."""
+        arrays = (*self.heads(q_BNTH, k_BKSH, v_BKSH), segments_BT)
+        if self.mesh.size == 1:
+            return attend(*arrays)
+        specs = (_spec(HEADS, "BNTH"), *(_spec(HEADS, "BKSH"),) * 2, _spec(HEADS, "BT"))
+        call = jax.shard_map(
+            attend, mesh=self.mesh, in_specs=specs, out_specs=specs[0], check_vma=False
+        )
+        return call(*arrays)
+
+    def _constrain(self, x, table, letters):
         if self.mesh.size == 1:
             return x
-        return jax.lax.with_sharding_constraint(x, self.batch(letters))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, _spec(table, letters)))
 
     def check(self, shape: Sequence[int], letters: str, what: str, table=PARAMETERS) -> None:
         """ValueError unless every dimension divides by the devices that its letter is spread over."""
         for size, letter in zip(shape, letters, strict=True):
             parts = self._parts(table, letter)
             if size % parts:
-                axes = " x ".join(f"{axis}={self.mesh.shape[axis]}" for axis in table[letter])
+                sizes = {axis: self.mesh.shape[axis] for axis in table[letter]}
+                axes = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
                 near = max(parts, round(size / parts) * parts)
                 raise ValueError(
                     f"{what}: {dims.FIELDS[letter]}={size} ({dims.WORDS[letter]}) must divide by "
@@ -74,7 +132,7 @@ class Layout:
 
     def check_rows(self, rows: int) -> None:
         """ValueError unless so many rows, one microbatch, spread evenly over the devices."""
-        self.check((rows,), "B", "batch", ACTIVATIONS)
+        self.check((rows,), "B", "batch", BATCH)
 
     def host_rows(self, rows: int) -> tuple[int, int]:
         """(start, stop) of the global rows that this process's devices hold."""
@@ -93,23 +151,68 @@ class Layout:
 
 def make(mesh: config.Mesh, devices: Sequence[jax.Device]) -> Layout:
     """The layout of `mesh` over `devices`; the axis given as -1 takes those that are left."""
-    sizes = dataclasses.asdict(mesh)
+    shape = _shape(mesh, len(devices))
+    if mesh.slices > 1 and hasattr(devices[0], "slice_index"):
+        within, across = (1, *shape[1:]), (shape[0], 1, 1, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            within, across, devices, allow_split_physical_axes=True
+        )
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Layout(Mesh(grid, AXES, axis_types=_AUTO))
+
+
+def abstract(mesh: config.Mesh, devices: int) -> Layout:
+    """The layout over so many devices that need not exist; for shapes and sizes alone."""
+    return Layout(AbstractMesh(_shape(mesh, devices), AXES, axis_types=_AUTO))
+
+
+# jax.make_mesh defaults to Explicit, under which a contraction over a sharded dimension is a type error.
+_AUTO = (AxisType.Auto,) * len(AXES)
+
+
+def _shape(mesh: config.Mesh, devices: int) -> tuple[int, ...]:
+    sizes = {axis: getattr(mesh, axis) for axis in AXES}
     fixed = math.prod(size for size in sizes.values() if size > 0)
-    if -1 in sizes.values() and len(devices) % fixed == 0:
-        sizes = {
-            axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()
-        }
-    if math.prod(sizes.values()) != len(devices):
+    if -1 in sizes.values() and devices % fixed == 0:
+        sizes = {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
+    if math.prod(sizes.values()) != devices:
         raise ValueError(
             f"mesh={sizes} needs {'a multiple of ' if -1 in sizes.values() else ''}{fixed} devices, "
-            f"but {len(devices)} are here; set one axis to -1 to take what is left"
+            f"but {devices} are here; set one axis to -1 to take what is left"
         )
-    # Auto axes: jax.make_mesh defaults to Explicit, under which a contraction over a sharded
-    # dimension is a type error.
-    auto = (AxisType.Auto,) * len(AXES)
-    shape = tuple(sizes[axis] for axis in AXES)
-    return Layout(jax.make_mesh(shape, AXES, axis_types=auto, devices=devices))
+    return tuple(sizes.values())
+
+
+@jax.custom_vjp
+def _materialise(x):
+    return jax.lax.optimization_barrier(x)
+
+
+_materialise.defvjp(lambda x: (_materialise(x), None), lambda _, slope: (slope,))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(w, layout, letters):
+    return layout._constrain(w, GATHERED, letters)
+
+
+def _gather_forward(w, layout, letters):
+    return _gather(w, layout, letters), None
+
+
+def _gather_backward(layout, letters, _, slope):
+    return (layout.rest(slope, letters),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def _spec(table: dict[str, tuple[str, ...]], letters: str) -> PartitionSpec:
-    return PartitionSpec(*(table[letter] or None for letter in letters))
+    """T takes those of its axes that no other dimension has."""
+    taken = {axis for letter in letters if letter != "T" for axis in table[letter]}
+    axes = (
+        tuple(axis for axis in table[letter] if letter != "T" or axis not in taken)
+        for letter in letters
+    )
+    return PartitionSpec(*(of_letter or None for of_letter in axes))

@@ -25,14 +25,16 @@ def continue_text(
     """Token ids of the prompt and its continuation; temperature 0 takes the likeliest token."""
     length = len(prompt) + new_tokens
     rows = module.layout.row_parts  # the same row on every device
-    tokens_BT = jnp.zeros((rows, length), jnp.int32).at[:, : len(prompt)].set(jnp.asarray(prompt))
-    finished_BT = _continue(module, params, tokens_BT, len(prompt), temperature, seed)
-    return jax.device_get(finished_BT)[0].tolist()
+    parts = module.layout.position_parts
+    filled = -(-length // parts) * parts
+    tokens_BT = jnp.zeros((rows, filled), jnp.int32).at[:, : len(prompt)].set(jnp.asarray(prompt))
+    finished_BT = _continue(module, params, tokens_BT, len(prompt), length, temperature, seed)
+    return jax.device_get(finished_BT)[0, :length].tolist()
 
 
 @functools.partial(jax.jit, static_argnames=("module", "temperature"))
-def _continue(module, params, tokens_BT, first, temperature, seed):
-    """tokens_BT with the positions from `first` on filled in."""
+def _continue(module, params, tokens_BT, first, last, temperature, seed):
+    """tokens_BT with the positions from `first` to before `last` filled in."""
     rows, length = tokens_BT.shape
     positions_BT = jnp.broadcast_to(jnp.arange(length), (rows, length))
 
@@ -46,4 +48,4 @@ def _continue(module, params, tokens_BT, first, temperature, seed):
             chosen_B = jnp.full(rows, drawn)
         return tokens_BT.at[:, i].set(chosen_B)
 
-    return jax.lax.fori_loop(first, length, one, tokens_BT)
+    return jax.lax.fori_loop(first, last, one, tokens_BT)

@@ -19,11 +19,12 @@ class SelfBlock(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, turns, segments_BT):
         act, norm = self.layout.act, NORMS[self.config.norm]
-        normed_BTD = norm(self.config, name="attention_norm")(x_BTD)
+        normed_BTD = norm(self.config, self.layout, name="attention_norm")(x_BTD)
         attention = Attention(self.config, self.layout, name="attention")
         attended_BTD = act(attention(normed_BTD, turns, segments_BT), "BTD")
         x_BTD = x_BTD + checkpoint_name(attended_BTD, "attention_out")
-        normed_BTD = norm(self.config, name="ffn_norm")(x_BTD)
+        normed_BTD = norm(self.config, self.layout, name="ffn_norm")(x_BTD)
+        normed_BTD = self.layout.materialise(normed_BTD)
         ffn = FFNS[self.config.ffn](self.config, self.layout, name="ffn")
         return x_BTD + checkpoint_name(act(ffn(normed_BTD), "BTD"), "ffn_out")
 

@@ -5,41 +5,48 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax import config
 from llama_jax.model.init import param
+from llama_jax.sharding import Layout
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * scale (arXiv:1910.07467 eq. 4). The backward pass stores x alone."""
-    return _normed(x, eps)[0].astype(x.dtype) * scale
+    """x / sqrt(mean(x^2) + eps) * scale (arXiv:1910.07467 eq. 4).
+
+    The backward pass stores x and, a number a row, 1 / sqrt(...).
+    """
+    return _scaled(x, _inverse(x, eps), scale)
 
 
 def _rms_forward(x, scale, eps):
-    return rms_norm(x, scale, eps), (x, scale)
+    inverse = checkpoint_name(_inverse(x, eps), "rms")
+    return _scaled(x, inverse, scale), (x, inverse, scale)
 
 
 def _rms_backward(eps, inputs, slope):
-    """With n = x r, r = 1 / sqrt(mean(x^2) + eps): dx = r (dn - n mean(dn n)), dn = slope * scale."""
-    x, scale = inputs
-    normed, inverse = _normed(x, eps)
-    slope = slope.astype(jnp.float32)
+    """With r = 1 / sqrt(mean(x^2) + eps) and dn = slope * scale: dx = r dn - x r^3 mean(dn x)."""
+    x, inverse, scale = inputs
+    x32, slope = x.astype(jnp.float32), slope.astype(jnp.float32)
     normed_slope = slope * scale.astype(jnp.float32)
-    along = jnp.mean(normed_slope * normed, axis=-1, keepdims=True)
-    x_slope = inverse * (normed_slope - normed * along)
-    scale_slope = jnp.sum(slope * normed, axis=tuple(range(x.ndim - 1)))
+    along = jnp.mean(normed_slope * x32, axis=-1, keepdims=True)
+    x_slope = inverse * normed_slope - x32 * (inverse**3 * along)
+    scale_slope = jnp.sum(slope * (x32 * inverse), axis=tuple(range(x.ndim - 1)))
     return x_slope.astype(x.dtype), scale_slope.astype(scale.dtype)
 
 
 rms_norm.defvjp(_rms_forward, _rms_backward)
 
 
-def _normed(x, eps):
-    """float32 x / rms(x), and 1 / rms(x)."""
-    x32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return x32 * inverse, inverse
+def _inverse(x, eps):
+    """float32 1 / rms(x)."""
+    return jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True) + eps)
+
+
+def _scaled(x, inverse, scale):
+    return (x.astype(jnp.float32) * inverse).astype(x.dtype) * scale
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
@@ -52,6 +59,7 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
 
 class RMSNorm(nn.Module):
     config: config.Model
+    layout: Layout
 
     @nn.compact
     def __call__(self, x_BTD):
@@ -61,6 +69,7 @@ class RMSNorm(nn.Module):
 
 class LayerNorm(nn.Module):
     config: config.Model
+    layout: Layout
 
     @nn.compact
     def __call__(self, x_BTD):

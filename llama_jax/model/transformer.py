@@ -4,6 +4,7 @@ The scan makes compile time and program size independent of depth. A group is on
 `config.pattern`; its parameters carry a leading "L".
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,16 +20,29 @@ from llama_jax.model.norm import NORMS
 from llama_jax.model.position import POSITIONS
 from llama_jax.sharding import Layout
 
+
 # What the backward pass finds stored; the rest is computed again (arXiv:1604.06174).
-_LINEAR = ("q", "k", "v", "attention_out", "gate", "up", "ffn_out")
-_save = jax.checkpoint_policies.save_only_these_names
+def _save(*names: str):
+    """These, and "rms": a number a row that spares a pass over x."""
+    return jax.checkpoint_policies.save_only_these_names("rms", *names)
+
+
 REMAT = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    # "we save the outputs of linear layers" (arXiv:2302.13971 section 2.4)
-    "linear": _save(*_LINEAR),
+    # Gathered weights are gathered again: kept, they would undo FSDP.
+    "none": jax.checkpoint_policies.save_anything_except_these_names("gathered"),
+    "full": _save(),
+    "dots": _save("linear"),
+    # "we save the outputs of linear layers" (arXiv:2302.13971 section 2.4), queries and keys as attention
+    # reads them, and what it made of them.
+    "linear": _save("q", "k", "v", "attended", "attention_out", "gate", "up", "ffn_out"),
     "attention": _save("q", "k", "v", "attended"),
+    # As linear, but kept in the host's memory.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=["rms"],
+        names_which_can_be_offloaded=["q", "k", "v", "attended", "gate", "up"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -75,7 +89,7 @@ class Transformer(nn.Module):
         x_BTD = act(w_VD[tokens_BT], "BTD")
         turns = POSITIONS[config.position](config, positions_BT)
         body = Group
-        if config.remat != "none":
+        if config.remat != "none" or self.layout.mesh.size > 1:
             body = nn.remat(Group, policy=REMAT[config.remat], prevent_cse=False)
         groups = nn.scan(
             body,
@@ -87,7 +101,7 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "L"},
         )
         x_BTD, _ = groups(config, self.layout, name="groups")(x_BTD, turns, segments_BT)
-        x_BTD = NORMS[config.norm](config, name="norm")(x_BTD)
+        x_BTD = NORMS[config.norm](config, self.layout, name="norm")(x_BTD)
         if config.output == "tied":
             return Hidden(x_BTD, jnp.einsum("VD->DV", w_VD))
         return Hidden(x_BTD, param(self, "output", "DV", initialise))
@@ -127,5 +141,7 @@ def letters(module: Transformer) -> Any:
 
 
 def _boxed(module, key):
-    tokens_BT = jnp.zeros((module.layout.row_parts, 1), jnp.int32)  # the fewest rows that divide
-    return module.init(key, tokens_BT, tokens_BT)["params"]
+    layout = module.layout
+    tokens_BT = jnp.zeros((layout.row_parts, layout.position_parts), jnp.int32)  # the fewest
+    any_length = dataclasses.replace(module.config, kernel="reference")
+    return module.clone(config=any_length).init(key, tokens_BT, tokens_BT)["params"]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from llama_jax.data.batch import Batch
 from llama_jax.model.transformer import Hidden, Transformer, logits
+from llama_jax.sharding import Layout
 
 
 class Sums(NamedTuple):
@@ -22,21 +23,34 @@ class Sums(NamedTuple):
     nll: jax.Array  # negative log likelihood, nats: `total` without z-loss
 
 
-def next_token(module: Transformer, chunks: int = 1, z_loss: float = 0.0):
-    """`(params, batch) -> (sum, weight, aux)` of a model."""
+def next_token(
+    module: Transformer, chunks: int = 1, z_loss: float = 0.0, segments: str = "document"
+):
+    """`(params, batch) -> (sum, weight, aux)` of a model.
+
+    With segments "none" attention looks at no segments: padding stands at the end of a row, where no
+    token that counts can see it.
+    """
 
     def loss(params: Any, batch: Batch) -> Sums:
         hidden = module.apply(
-            {"params": params}, batch.tokens_BT, batch.positions_BT, batch.segments_BT
+            {"params": params},
+            batch.tokens_BT,
+            batch.positions_BT,
+            batch.segments_BT if segments == "document" else None,
         )
-        total, nll = cross_entropy(hidden, batch.targets_BT, batch.weights_BT, chunks, z_loss)
+        total, nll = cross_entropy(
+            hidden, batch.targets_BT, batch.weights_BT, module.layout, chunks, z_loss
+        )
         return Sums(total, jnp.sum(batch.weights_BT), nll)
 
     return loss
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def cross_entropy(hidden: Hidden, targets_BT, weights_BT, chunks: int = 1, z_loss: float = 0.0):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def cross_entropy(
+    hidden: Hidden, targets_BT, weights_BT, layout: Layout, chunks: int = 1, z_loss: float = 0.0
+):
     """Sums over the tokens of weight x (nll + z_loss x log(Z)^2), and of weight x nll; float32.
 
     nll = log Z - logit of the target, Z the sum of exponentials over V. The second term is the z-loss
@@ -44,15 +58,17 @@ def cross_entropy(hidden: Hidden, targets_BT, weights_BT, chunks: int = 1, z_los
     positions exist at a time; under `grad` they are computed once, with their gradient, in the forward
     pass. Only the first sum is differentiated, the second is for the record.
     """
-    (total, nll), _ = _over_chunks(hidden, targets_BT, weights_BT, chunks, z_loss, with_grad=False)
+    (total, nll), _ = _over_chunks(
+        hidden, targets_BT, weights_BT, layout, chunks, z_loss, with_grad=False
+    )
     return total, nll
 
 
-def _forward(hidden, targets_BT, weights_BT, chunks, z_loss):
-    return _over_chunks(hidden, targets_BT, weights_BT, chunks, z_loss, with_grad=True)
+def _forward(hidden, targets_BT, weights_BT, layout, chunks, z_loss):
+    return _over_chunks(hidden, targets_BT, weights_BT, layout, chunks, z_loss, with_grad=True)
 
 
-def _backward(chunks, z_loss, gradient, cotangents):
+def _backward(layout, chunks, z_loss, gradient, cotangents):
     total, _ = cotangents
     return jax.tree.map(lambda g: g * total.astype(g.dtype), gradient), None, None
 
@@ -60,28 +76,31 @@ def _backward(chunks, z_loss, gradient, cotangents):
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _over_chunks(hidden, targets_BT, weights_BT, chunks, z_loss, with_grad):
+def _over_chunks(hidden, targets_BT, weights_BT, layout, chunks, z_loss, with_grad):
     """((total, nll), gradient as Hidden or None)."""
 
     def chunk(w_grad_DV, inputs):
-        sums, gradient = _chunk(Hidden(inputs[0], hidden.w_DV), *inputs[1:], z_loss, with_grad)
+        part = Hidden(inputs[0], hidden.w_DV)
+        sums, gradient = _chunk(part, *inputs[1:], layout, z_loss, with_grad)
         if not with_grad:
             return None, (sums, None)
         return w_grad_DV + gradient.w_DV, (sums, gradient.x_BTD)
 
     inputs = [_split(array, chunks) for array in (hidden.x_BTD, targets_BT, weights_BT)]
-    w_grad_DV = jnp.zeros(hidden.w_DV.shape, jnp.float32) if with_grad else None
+    w_grad_DV = None
+    if with_grad:
+        w_grad_DV = layout.rest(jnp.zeros(hidden.w_DV.shape, jnp.float32), "DV")
     w_grad_DV, (sums, x_grad) = jax.lax.scan(chunk, w_grad_DV, inputs)
     sums = jax.tree.map(jnp.sum, sums)
     if not with_grad:
         return sums, None
-    x_grad_BTD = jnp.moveaxis(x_grad, 0, 1).reshape(hidden.x_BTD.shape)
-    return sums, Hidden(x_grad_BTD, w_grad_DV.astype(hidden.w_DV.dtype))
+    x_grad_BTD = jnp.moveaxis(x_grad, 0, 2).reshape(hidden.x_BTD.shape)
+    return sums, Hidden(layout.act(x_grad_BTD, "BTD"), w_grad_DV.astype(hidden.w_DV.dtype))
 
 
-def _chunk(hidden, targets_BT, weights_BT, z_loss, with_grad):
+def _chunk(hidden, targets_BT, weights_BT, layout, z_loss, with_grad):
     with jax.named_scope("cross_entropy"):
-        logits_BTV = logits(hidden)
+        logits_BTV = layout.act(logits(hidden), "BTV")
         is_target_BTV = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
         log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
         nll_BT = log_z_BT - jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0), axis=-1)
@@ -94,14 +113,16 @@ def _chunk(hidden, targets_BT, weights_BT, z_loss, with_grad):
         slope_BT1 = (weights_BT * (1 + 2 * z_loss * log_z_BT))[..., None]
         grad_BTV = p_BTV * slope_BT1 - jnp.where(is_target_BTV, weights_BT[..., None], 0)
         grad_BTV = grad_BTV.astype(hidden.x_BTD.dtype)
-        x_grad_BTD = jnp.einsum("BTV,DV->BTD", grad_BTV, hidden.w_DV)
-        w_grad_DV = jnp.einsum(
-            "BTD,BTV->DV", hidden.x_BTD, grad_BTV, preferred_element_type=jnp.float32
-        )
+        x_grad_BTD = layout.act(jnp.einsum("BTV,DV->BTD", grad_BTV, hidden.w_DV), "BTD")
+        # Reduced over the devices in the compute dtype, as every gradient; summed over chunks in float32.
+        w_grad_DV = layout.rest(jnp.einsum("BTD,BTV->DV", hidden.x_BTD, grad_BTV), "DV")
         return (total, nll), Hidden(x_grad_BTD, w_grad_DV)
 
 
 def _split(array, chunks):
-    """[B, T, ...] -> [chunks, B, T / chunks, ...]: rows stay on their devices."""
+    """[B, T, ...] -> [chunks, B, T / chunks, ...], position t to chunk t mod chunks.
+
+    So rows and positions stay on their devices.
+    """
     B, T = array.shape[:2]
-    return jnp.moveaxis(array.reshape(B, chunks, T // chunks, *array.shape[2:]), 1, 0)
+    return jnp.moveaxis(array.reshape(B, T // chunks, chunks, *array.shape[2:]), 2, 0)

@@ -14,7 +14,7 @@ from llama_jax.train import loss, optim, state, step
 
 # Sizes divide by 8 and by 2, and differ.
 MODEL = config.Model(
-    vocab_size=48, dim=40, layers=2, heads=6, kv_heads=2, head_dim=4, ffn_dim=24,
+    vocab_size=48, dim=40, layers=2, heads=8, kv_heads=4, head_dim=6, ffn_dim=24,
     compute_dtype="float32", init_std=0.2,
 )  # fmt: skip
 OPTIM = config.Optim(warmup_steps=0, learning_rate=1e-2)
@@ -23,6 +23,8 @@ MESHES = [
     config.Mesh(data=8, fsdp=1),
     config.Mesh(data=2, fsdp=2, tensor=2),
     config.Mesh(fsdp=4, tensor=2),
+    config.Mesh(fsdp=1, tensor=4, context=2),  # more parts of attention than key heads
+    config.Mesh(slices=2, fsdp=2, context=2),
 ]
 
 
@@ -136,7 +138,7 @@ def test_state_is_donated():
     ("change", "mesh", "message"),
     [
         (dict(dim=36), config.Mesh(fsdp=8), r"model.dim=36 .* divide by 8, .*fsdp=8; nearest size that does: 32"),
-        (dict(kv_heads=3), config.Mesh(fsdp=4, tensor=2), r"attention/k: model.kv_heads=3"),
+        (dict(heads=6, kv_heads=3), config.Mesh(fsdp=4, tensor=2), r"attention/k: model.kv_heads=3"),
         (dict(), config.Mesh(fsdp=3), r"needs 3 devices, but 8 are here"),
         (dict(), config.Mesh(data=3), r"needs a multiple of 3 devices, but 8 are here"),
     ],

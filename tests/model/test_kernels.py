@@ -1,8 +1,12 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
+from llama_jax import config, sharding
 from llama_jax.model import kernels, mask
 from tests import oracle
 
@@ -11,32 +15,69 @@ B, T, N, K, H = 2, 7, 6, 3, 4
 
 def inputs(length=T, seed=0):
     rng = np.random.default_rng(seed)
-    return [rng.normal(size=(B, length, heads, H)).astype(np.float32) for heads in (N, K, K)]
+    return [rng.normal(size=(B, heads, length, H)).astype(np.float32) for heads in (N, K, K)]
 
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 0], [1, 2, 2, 2, 2, 3, 3]])
 
 
+ON_CPU = ("reference", "blockwise")
+
+
 @pytest.mark.parametrize("segments", [None, SEGMENTS])
-@pytest.mark.parametrize("kernel", kernels.KERNELS)
-def test_kernels_are_the_formula(kernel, segments):
+@pytest.mark.parametrize("kernel", ON_CPU)
+def test_kernels_are_the_formula(kernel, segments, layout):
     q, k, v = inputs()
-    ours = kernels.KERNELS[kernel](q, k, v, segments)
+    ours = kernels.KERNELS[kernel](q, k, v, segments, layout)
     for b in range(B):
         own = np.ones(T) if segments is None else segments[b]
-        expected = oracle.attention(*(x[b].astype(np.float64) for x in (q, k, v)), own)
-        np.testing.assert_allclose(ours[b], expected, rtol=2e-5, atol=2e-6)
+        in_order = (x[b].astype(np.float64).transpose(1, 0, 2) for x in (q, k, v))
+        expected = oracle.attention(*in_order, own)
+        np.testing.assert_allclose(ours[b].transpose(1, 0, 2), expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("segments", [None, "two"])
+@pytest.mark.parametrize("devices", [1, 4])
+def test_splash_has_the_numbers_of_the_reference(devices, segments, layout, monkeypatch):
+    """The kernel as Pallas interprets it; on a TPU it is compiled. Forward and gradient."""
+    length, heads = 256, 4
+    rng = np.random.default_rng(0)
+    q, k, v, weight = (
+        rng.normal(size=(2, n, length, 128)).astype(np.float32) for n in (heads, 2, 2, heads)
+    )
+    if segments:
+        segments = np.repeat([[1], [1]], length, 1).astype(np.int32)
+        segments[0, 100:], segments[1, 200:] = 2, 0
+    many = sharding.make(config.Mesh(fsdp=2, tensor=2), jax.devices()[:4])
+    wide = layout if devices == 1 else many
+
+    def loss(kernel, layout):
+        out = lambda *qkv: kernel(*qkv, segments, layout)
+        return jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(out(*qkv) * weight), (0, 1, 2)))
+
+    value, gradient = loss(kernels.reference, layout)(q, k, v)
+    interpreted = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", interpreted)
+    ours, our_gradient = loss(kernels.splash, wide)(q, k, v)
+    assert float(ours) == pytest.approx(float(value), rel=1e-4)
+    for a, b in zip(our_gradient, gradient, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
+
+
+def test_splash_refuses_a_length_that_its_blocks_do_not_divide(layout):
+    with pytest.raises(ValueError, match=r"data.seq_len=200 to be a multiple of 128; nearest: 256"):
+        kernels.splash(*inputs(200), None, layout)
 
 
 @pytest.mark.parametrize("length", [kernels.BLOCK, kernels.BLOCK + 1, 2 * kernels.BLOCK + 37])
-def test_blocks_of_any_length_agree_with_the_square_forward_and_backward(length):
+def test_blocks_of_any_length_agree_with_the_square_forward_and_backward(length, layout):
     q, k, v = inputs(length)
     segments = np.repeat([[1], [2]], length, 1)
     segments[0, length // 2 :] = 2
-    weight = np.random.default_rng(1).normal(size=(B, length, N, H)).astype(np.float32)
+    weight = np.random.default_rng(1).normal(size=(B, N, length, H)).astype(np.float32)
 
     def loss(kernel):
-        return lambda *qkv: jnp.sum(kernel(*qkv, segments) * weight)
+        return lambda *qkv: jnp.sum(kernel(*qkv, segments, layout) * weight)
 
     expected = jax.grad(loss(kernels.reference), (0, 1, 2))(q, k, v)
     ours = jax.grad(loss(kernels.blockwise), (0, 1, 2))(q, k, v)
@@ -44,20 +85,22 @@ def test_blocks_of_any_length_agree_with_the_square_forward_and_backward(length)
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", kernels.KERNELS)
-def test_future_tokens_get_no_gradient(kernel):
+@pytest.mark.parametrize("kernel", ON_CPU)
+def test_future_tokens_get_no_gradient(kernel, layout):
     q, k, v = (jnp.asarray(x) for x in inputs())
     for t in range(T):
-        seen = jax.grad(lambda k, t=t: jnp.sum(kernels.KERNELS[kernel](q, k, v)[:, t]))(k)
-        assert np.abs(seen[:, t + 1 :]).max(initial=0) == 0
+        seen = jax.grad(
+            lambda k, t=t: jnp.sum(kernels.KERNELS[kernel](q, k, v, None, layout)[:, :, t])
+        )(k)
+        assert np.abs(seen[:, :, t + 1 :]).max(initial=0) == 0
         if t:
-            assert np.abs(seen[:, :t]).max() > 0
+            assert np.abs(seen[:, :, :t]).max() > 0
 
 
-def test_blockwise_never_makes_the_square():
+def test_blockwise_never_makes_the_square(layout):
     length = 4 * kernels.BLOCK
-    shapes = [jax.ShapeDtypeStruct((1, length, heads, H), jnp.float32) for heads in (N, K, K)]
-    jaxpr = jax.make_jaxpr(jax.grad(lambda *x: kernels.blockwise(*x).sum()))(*shapes)
+    shapes = [jax.ShapeDtypeStruct((1, heads, length, H), jnp.float32) for heads in (N, K, K)]
+    jaxpr = jax.make_jaxpr(jax.grad(lambda *x: kernels.blockwise(*x, None, layout).sum()))(*shapes)
     largest = max(
         variable.aval.size
         for equation in _equations(jaxpr.jaxpr)
@@ -81,15 +124,15 @@ def test_attention_agrees_with_a_recorded_torch_result(shared):
     """Not causal: its mask is handed over."""
     z = np.load(shared("numerics/cs336_inputs.npz"))
     expected = np.load(shared("numerics/cs336/test_scaled_dot_product_attention.npz"))["array"]
-    q, k, v = (jnp.asarray(z[name])[:, :, None] for name in "qkv")
-    ours = kernels.attend(q, k, v, jnp.asarray(z["mask"]))[:, :, 0]
+    q, k, v = (jnp.asarray(z[name])[:, None] for name in "qkv")
+    ours = kernels.attend(q, k, v, jnp.asarray(z["mask"]))[:, 0]
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
 def test_a_row_that_sees_nothing_is_finite():
     visible = jnp.zeros((1, 2, 3), bool)
     out = kernels.attend(
-        jnp.ones((1, 2, 1, 4)), jnp.ones((1, 3, 1, 4)), jnp.ones((1, 3, 1, 4)), visible
+        jnp.ones((1, 1, 2, 4)), jnp.ones((1, 1, 3, 4)), jnp.ones((1, 1, 3, 4)), visible
     )
     assert np.isfinite(out).all()
 

@@ -3,11 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax import config, sharding
 from llama_jax.model.transformer import Hidden
 from llama_jax.train import loss
 from tests import oracle
 
 B, T, D, V = 2, 6, 5, 41
+ONE = sharding.make(config.Mesh(), jax.devices()[:1])
 
 
 @pytest.fixture
@@ -28,7 +30,9 @@ def expected(hidden, targets, weights, z_loss):
 
 def ours(hidden, targets, weights, chunks, z_loss):
     hidden = Hidden(*(jnp.asarray(leaf, jnp.float32) for leaf in hidden))
-    return loss.cross_entropy(hidden, targets, jnp.asarray(weights, jnp.float32), chunks, z_loss)
+    return loss.cross_entropy(
+        hidden, targets, jnp.asarray(weights, jnp.float32), ONE, chunks, z_loss
+    )
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
@@ -59,12 +63,12 @@ def test_logits_of_the_whole_batch_never_exist():
     x = jax.ShapeDtypeStruct((B, 60, D), jnp.float32)
     w = jax.ShapeDtypeStruct((D, 400), jnp.float32)
     ids = jax.ShapeDtypeStruct((B, 60), jnp.int32)
-    total = lambda x, w, t: loss.cross_entropy(Hidden(x, w), t, jnp.ones((B, 60)), 10)[0]
+    total = lambda x, w, t: loss.cross_entropy(Hidden(x, w), t, jnp.ones((B, 60)), ONE, 10)[0]
     memory = jax.jit(jax.grad(total, (0, 1))).lower(x, w, ids).compile().memory_analysis()
     assert memory.temp_size_in_bytes < B * 60 * 400 * 4
 
 
 def test_a_loss_of_logits_in_the_thousands_is_finite():
     hidden = Hidden(jnp.full((1, 1, 1), 1e4), jnp.asarray([[1.0, 0.5, -1.0]]))
-    total, _ = loss.cross_entropy(hidden, jnp.asarray([[1]]), jnp.ones((1, 1)))
+    total, _ = loss.cross_entropy(hidden, jnp.asarray([[1]]), jnp.ones((1, 1)), ONE)
     assert float(total) == pytest.approx(5e3)
