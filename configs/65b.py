@@ -9,8 +9,9 @@ cosine to 10% (section 2.3).
 from configs import base, mixtures, sizes
 
 
-def get_config():
+def get_config(slice=""):
     return base.page(
+        slice,
         sizes.LLAMA_65B,
         mixtures.LLAMA1,
         tokens=1.4e12,

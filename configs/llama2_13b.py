@@ -9,8 +9,9 @@ steps, cosine to 10%.
 from configs import base, mixtures, sizes
 
 
-def get_config():
+def get_config(slice=""):
     return base.page(
+        slice,
         sizes.LLAMA2_13B,
         mixtures.LLAMA2,
         tokens=2.0e12,

@@ -10,8 +10,9 @@ card.
 from configs import base, mixtures, sizes
 
 
-def get_config():
+def get_config(slice=""):
     return base.page(
+        slice,
         sizes.LLAMA31_70B,
         mixtures.LLAMA31,
         tokens=800e9,

@@ -9,8 +9,9 @@ These are Llama 3 8B's: training it from scratch, not Meta's recipe. 370k H100 h
 from configs import base, mixtures, sizes
 
 
-def get_config():
+def get_config(slice=""):
     return base.page(
+        slice,
         sizes.LLAMA32_1B,
         mixtures.LLAMA3,
         tokens=9e12,

@@ -9,8 +9,9 @@ to 16M tokens, here it is 8M throughout. 6.4M H100 hours on its model card.
 from configs import base, mixtures, sizes
 
 
-def get_config():
+def get_config(slice=""):
     return base.page(
+        slice,
         sizes.LLAMA3_70B,
         mixtures.LLAMA3,
         tokens=15e12,

@@ -9,8 +9,9 @@ to 16M tokens, here it is 8M throughout. 1.3M H100 hours on its model card.
 from configs import base, mixtures, sizes
 
 
-def get_config():
+def get_config(slice=""):
     return base.page(
+        slice,
         sizes.LLAMA3_8B,
         mixtures.LLAMA3,
         tokens=15e12,

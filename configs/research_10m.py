@@ -8,8 +8,9 @@ The standard-library corpus has about 4M tokens: more than that repeats it. Lear
 from configs import base, mixtures, sizes
 
 
-def get_config():
+def get_config(slice=""):
     return base.page(
+        slice,
         sizes.RESEARCH_10M,
         mixtures.STDLIB,
         tokens=16e6,

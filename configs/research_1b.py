@@ -8,8 +8,9 @@
 from configs import base, mixtures, sizes
 
 
-def get_config():
+def get_config(slice=""):
     return base.page(
+        slice,
         sizes.RESEARCH_1B,
         mixtures.LLAMA1,
         tokens=21e9,

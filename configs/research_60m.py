@@ -8,8 +8,9 @@
 from configs import base, mixtures, sizes
 
 
-def get_config():
+def get_config(slice=""):
     return base.page(
+        slice,
         sizes.RESEARCH_60M,
         mixtures.LLAMA1,
         tokens=1.3e9,

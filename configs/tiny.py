@@ -22,8 +22,9 @@ MODEL = Model(
 )
 
 
-def get_config():
+def get_config(slice=""):
     return base.page(
+        slice,
         MODEL,
         mixtures.STDLIB,
         train=dict(steps=1000, batch_size=8),

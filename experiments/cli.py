@@ -82,7 +82,8 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
-        _stop(str(error), 2)
+        # What a page raised comes with its traceback; its own words are at the end.
+        _stop(str(error).rpartition("\nValueError: ")[2].strip(), 2)
     except (*USER_ERRORS, TypeError, AttributeError, KeyError) as error:
         known = [f"--config.{place}" for place in config.flatten(config.Run())]
         _stop(_unknown_setting(argv, known) or _plain(error), 2)

@@ -28,8 +28,8 @@ from llama_jax.analysis import baseline, flops, hardware, memory, runcard
 from llama_jax.convert import native
 from llama_jax.data import iterator, mixture, prepare
 from llama_jax.decode import generate
-from llama_jax.model import transformer
-from llama_jax.train import checkpoint, loop, loss, metrics, optim, step
+from llama_jax.train import checkpoint, loop, metrics
+from llama_jax.train import program as programs
 from llama_jax.train import state as train_state
 
 CONFIG = cli.define_config()
@@ -48,29 +48,25 @@ def main() -> int:
     claim(workdir, run)
     jax.config.update("jax_compilation_cache_dir", str(Path(run.data.cache).expanduser() / "xla"))
 
-    layout = sharding.make(run.mesh, jax.devices())
-    layout.check_rows(run.train.batch_size // run.train.microbatches)
-    module = transformer.build(run.model, layout)
-    tx = optim.build(run.optim, run.train.steps, transformer.letters(module))
-    shapes, places = train_state.abstract(module, tx), train_state.shardings(module, tx, layout)
-    memory.check(
-        memory.need(run, shapes, places, layout.mesh.size), memory.available(jax.devices())
-    )
-    parameters = tree.count(shapes.params)
-    print(f"{parameters:,} parameters on {layout.mesh.size} x {jax.devices()[0].device_kind}")
+    check_hardware(run)
+    program = programs.build(run, sharding.make(run.mesh, jax.devices()))
+    kind = jax.devices()[0].device_kind
+    memory.check(memory.need(run, program.state, kind), memory.available(jax.devices()))
+    parameters = tree.count(program.state.params)
+    print(f"{parameters:,} parameters on {jax.device_count()} x {kind}")
 
     prepared = prepare.prepare(run.data, run.model.vocab_size)
     if prepared.tokenizer_config.path:
         shutil.copyfile(prepared.tokenizer_config.path, workdir / native.TOKENIZER)
     record = {"provenance": provenance(prepared), "run": config.to_dict(run)}
     with loop.Interrupt() as interrupt:
-        return train(run, workdir, module, tx, prepared, record, interrupt)
+        return train(run, workdir, program, prepared, record, interrupt)
 
 
-def train(run, workdir, module, tx, prepared, record, interrupt) -> int:
-    layout = module.layout
+def train(run, workdir, program, prepared, record, interrupt) -> int:
+    module, layout = program.module, program.module.layout
     checkpoints = checkpoint.Checkpoints(workdir, run.checkpoint)
-    state, seconds = start(run, module, tx, checkpoints, prepared)
+    state, seconds = start(run, program, checkpoints, prepared)
     first = int(state.step)
 
     rates = figures(run, module)
@@ -83,9 +79,8 @@ def train(run, workdir, module, tx, prepared, record, interrupt) -> int:
     audit = metrics.jsonl(workdir / "audit.jsonl", first) if run.log.audit == "on" else None
     recorder = loop.Recorder(run, rates, writers, console, seconds)
 
-    objective = loss.next_token(module, run.train.loss_chunks, run.train.z_loss)
     evaluate = functools.partial(
-        validation, jax.jit(objective), run, prepared, layout, interrupt=interrupt
+        validation, jax.jit(program.objective), run, prepared, layout, interrupt=interrupt
     )
 
     def save(done: int, state: Any, seconds: float) -> None:
@@ -94,7 +89,8 @@ def train(run, workdir, module, tx, prepared, record, interrupt) -> int:
     try:
         if first < run.train.steps:
             batches = iterator.train(run, prepared, layout, first)
-            advance = compile_step(run, module, tx, objective, state)
+            options = hardware.compiler_options(jax.devices()[0].device_kind)
+            advance = program.step.lower(program.state, program.batch).compile(options)
             recorder.pause()
             state, done = loop.run(
                 run, state, advance, batches, evaluate=evaluate, save=save,
@@ -118,6 +114,21 @@ def train(run, workdir, module, tx, prepared, record, interrupt) -> int:
     interrupt.signal = ""  # whatever cut the last evaluation short, the results are wanted now
     finish(run, workdir, module, state, prepared, record, rates, recorder.seconds, evaluate)
     return 0
+
+
+def check_hardware(run: config.Run) -> None:
+    """ValueError unless the devices are those of the slice that the page was laid out for, if it was."""
+    if run.mesh.hardware == "any":
+        return
+    wanted = hardware.find_slice(run.mesh.hardware, "mesh.hardware")
+    kind, count = jax.devices()[0].device_kind, jax.device_count()
+    if (hardware.find(kind), count) != (hardware.DEVICES[wanted.device], wanted.devices):
+        hosts = "1 host" if wanted.hosts == 1 else f"{wanted.hosts} hosts"
+        raise ValueError(
+            f"this run is laid out for {run.mesh.hardware}: {wanted.devices} x {wanted.device} on {hosts}; "
+            f"here is {count} x {kind}: start the command on every host of the slice, or leave the slice "
+            "out of --config"
+        )
 
 
 def claim(workdir: Path, run: config.Run) -> None:
@@ -144,18 +155,12 @@ def claim(workdir: Path, run: config.Run) -> None:
     temporary.replace(path)
 
 
-def start(run, module, tx, checkpoints, prepared) -> tuple[Any, float]:
+def start(run, program, checkpoints, prepared) -> tuple[Any, float]:
     """The newest checkpoint, or a fresh state; and the seconds of training behind it."""
-    shapes = train_state.abstract(module, tx)
-    places = train_state.shardings(module, tx, module.layout)
-    target = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        shapes,
-        places,
-    )
-    restored = checkpoints.latest(target)
+    restored = checkpoints.latest(program.state)
     if restored is None:
-        return train_state.init(module, tx, module.layout, run.train.seed), 0.0
+        module = program.module
+        return train_state.init(module, program.tx, module.layout, run.train.seed), 0.0
     trained_on = restored.record["provenance"]["data"]
     if trained_on != prepared.fingerprint:
         raise ValueError(
@@ -164,16 +169,6 @@ def start(run, module, tx, checkpoints, prepared) -> tuple[Any, float]:
         )
     print(f"resuming at step {restored.record['next_step']} from {checkpoints.folder}")
     return restored.state, restored.record["seconds"]
-
-
-def compile_step(run, module, tx, objective, state):
-    """The training step, compiled ahead for the shapes it will see, its state donated."""
-    layout = module.layout
-    rate = optim.schedule(run.optim, run.train.steps)
-    advance = step.make_step(objective, tx, rate, run.train)
-    places = train_state.shardings(module, tx, layout)
-    jitted = jax.jit(advance, donate_argnums=0, out_shardings=(places, layout.replicated))
-    return jitted.lower(state, iterator.abstract(run, layout)).compile()
 
 
 def figures(run: config.Run, module) -> loop.Rates:

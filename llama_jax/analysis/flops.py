@@ -1,4 +1,4 @@
-"""Model FLOPs: what the mathematics of a training step needs, whatever the program executes.
+"""Model FLOPs: what the mathematics of a training step needs; and those that a program executes.
 
     FLOPs a token = 6 x N_matmul + 6 x L x N x H x T
 
@@ -8,8 +8,14 @@ square. Recomputation does not count (PaLM's convention, arXiv:2204.02311 append
 MaxText's figure for 7B at T = 2048 is the same to the digit.
 """
 
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
 from llama_jax import config, tree
 from llama_jax.model import transformer
+from llama_jax.model.kernels import SPLASH_BLOCK
 from llama_jax.model.transformer import Transformer
 
 
@@ -25,3 +31,69 @@ def per_token(module: Transformer, seq_len: int) -> int:
     model: config.Model = module.config
     attention = 6 * model.layers * model.heads * model.head_dim * seq_len
     return 6 * matmul_parameters(module) + attention
+
+
+class Executed(NamedTuple):
+    """FLOPs of matrix products, on all devices together."""
+
+    total: float  # attention kernels by their causal half, as the model FLOPs
+    kernels: float  # of the blocks that Pallas kernels visit: the half and the diagonal
+
+    def __add__(self, other):
+        return Executed(self.total + other.total, self.kernels + other.kernels)
+
+    def times(self, n: int) -> "Executed":
+        return Executed(self.total * n, self.kernels * n)
+
+
+def executed(jaxpr: Any) -> Executed:
+    """What a traced program computes, recomputation included: every product, as often as its loop turns.
+
+    A scan multiplies by its length, a shard_map by its devices; of a while loop one turn counts.
+    """
+    total = Executed(0, 0)
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "dot_general":
+            total += Executed(_product(equation), 0)
+        elif name == "pallas_call":
+            total += _kernel(equation)
+        else:
+            inner = sum((executed(part) for part in _inside(equation)), Executed(0, 0))
+            times = equation.params["length"] if name == "scan" else 1
+            times = equation.params["mesh"].size if name == "shard_map" else times
+            total += inner.times(times)
+    return total
+
+
+def _inside(equation) -> list[Any]:
+    found = []
+    for value in equation.params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            part = getattr(part, "jaxpr", part)
+            if hasattr(part, "eqns"):
+                found.append(part)
+    return found
+
+
+def _product(equation) -> float:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    width = np.prod([equation.invars[0].aval.shape[axis] for axis in contracted], dtype=float)
+    return 2 * width * np.prod(equation.outvars[0].aval.shape, dtype=float)
+
+
+# Products of T x S x H in each of splash's kernels: scores and output forward; scores, dp and dq; scores,
+# dp, dk and dv (arXiv:2205.14135 algorithm 4).
+_SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
+
+
+def _kernel(equation) -> Executed:
+    name = str(equation.params["name"])
+    products = next((n for part, n in _SPLASH.items() if f"_{part}" in name), None)
+    if products is None:
+        raise ValueError(f"no count of FLOPs for the kernel {name}")
+    # After the tables of the mask, which are integers: queries, then keys; [B,] N, T, H.
+    q, k = [v.aval.shape for v in equation.invars if v.aval.dtype.kind in "fV"][:2]
+    blocks = q[-2] // math.gcd(q[-2], SPLASH_BLOCK)
+    square = products * 2 * np.prod(q, dtype=float) * k[-2]
+    return Executed(square / 2, square * (blocks + 1) / (2 * blocks))

@@ -1,32 +1,110 @@
-"""What a device can do: peak rate, memory, power. Looked up by the name that JAX gives the device."""
+"""What devices and slices can do: rates, memory, power, links. Facts with their sources; no choices."""
 
 from typing import NamedTuple
+
+from llama_jax import config
 
 
 class Device(NamedTuple):
     """One JAX device (on TPU v2 and v3 a core, half a chip). 0: not published."""
 
     bf16_tflops: float
-    watts: float  # drawn by the whole chip for each device of it
+    watts: float = 0  # drawn by the whole chip for each device of it
+    hbm_gib: float = 0  # what a program may use
+    ghz: float = 0  # of the clock in which the compiler counts cycles
+    link_gb_s: float = 0  # one link between chips (GPUs: all of a GPU's links), one way
+    links: int = 0  # of a chip
 
 
-# TPU rates and memory: cloud.google.com/tpu/docs/system-architecture-tpu-vm. Watts of v3 and v4 are the
-# means measured in production, arXiv:2304.01433 table 4; of A100 the figure of arXiv:2302.13971 table 15;
-# of H100 and H200 the SXM data sheet.
+# TPU rates and memory: cloud.google.com/tpu/docs/system-architecture-tpu-vm; memory is what the compiler
+# lets a program have. Watts of v3 and v4 are the means measured in production, arXiv:2304.01433 table 4;
+# of A100 the figure of arXiv:2302.13971 table 15; of H100 and H200 the SXM data sheet. Clocks: v2 and v3
+# doi:10.1145/3360307, v4 arXiv:2304.01433 table 4; of the later ones peak rate over operations a cycle.
+# Links: v2 and v3 doi:10.1145/3360307 (496 and 656 Gbit/s), v4 arXiv:2304.01433 (50 GB/s), less what
+# measurements reach (jax-ml.github.io/scaling-book: 45, 90).
 DEVICES = {
-    "TPU v2": Device(22.5, 0),
-    "TPU v3": Device(61.5, 110),
-    "TPU v4": Device(275, 170),
-    "TPU v5 lite": Device(197, 0),
-    "TPU v5": Device(459, 0),
-    "TPU v6 lite": Device(918, 0),
-    "NVIDIA A100": Device(312, 400),
-    "NVIDIA H100": Device(989.4, 700),
-    "NVIDIA H200": Device(989.4, 700),
+    "TPU v2": Device(22.5, 0, 7.5, 0.7, 62, 4),
+    "TPU v3": Device(61.5, 110, 15.5, 0.94, 82, 4),
+    "TPU v4": Device(275, 170, 30.75, 1.05, 45, 6),
+    "TPU v5 lite": Device(197, 0, 15.75, 1.503, 45, 4),
+    "TPU v5": Device(459, 0, 95.0, 1.75, 90, 6),
+    "TPU v6 lite": Device(918, 0, 31.25, 1.75, 90, 4),
+    "NVIDIA A100": Device(312, 400, 74.0, 0, 300, 1),
+    "NVIDIA H100": Device(989.4, 700, 74.0, 0, 450, 1),
+    "NVIDIA H200": Device(989.4, 700, 130.0, 0, 450, 1),
 }
 
 
 def find(device_kind: str) -> Device:
     """The device whose name is the longest beginning of `device_kind`; zeros when none is."""
     names = [name for name in DEVICES if device_kind.startswith(name)]
-    return DEVICES[max(names, key=len)] if names else Device(0, 0)
+    return DEVICES[max(names, key=len)] if names else Device(0)
+
+
+def compiler_options(device_kind: str) -> dict[str, str]:
+    """What XLA is told beyond its defaults; measured in LOG.md."""
+    if not device_kind.startswith("TPU"):
+        return {}
+    # Else float32 parameters that are only ever used as bfloat16 are cast ahead of the layers and kept.
+    options = {"xla_jf_bf16_propagation": "false"}
+    if find(device_kind) == DEVICES["TPU v4"]:
+        options["xla_enable_async_all_gather"] = (
+            "true"  # of no effect on v5p and v6e, the default on v5e
+        )
+    return options
+
+
+class Slice(NamedTuple):
+    """What is rented as one: a TPU slice, several joined by the data centre's network, a GPU node."""
+
+    device: str  # a key of DEVICES
+    devices: int  # in all
+    hosts: int
+    accelerator: str  # as the cloud calls it
+    topology: str = ""  # as JAX's compiler calls one slice; "" where it has none
+    slices: int = 1
+
+    @property
+    def kernel(self) -> str:
+        """The attention kernel that its devices run. Splash needs a TPU v4 or later."""
+        if self.device.startswith("NVIDIA"):
+            return "cudnn"
+        return "blockwise" if self.device in ("TPU v2", "TPU v3") else "splash"
+
+
+# The number in the name of v2, v3, v4 and v5p counts cores, two a chip; of v5e and v6e chips.
+_CUBES = {
+    **{8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8"},
+    **{512: "4x8x8", 1024: "8x8x8"},
+}
+_SQUARES = {8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+
+
+def _slices():
+    yield "v2_8", Slice("TPU v2", 8, 1, "v2-8", "v2:2x2")
+    yield "v3_8", Slice("TPU v3", 8, 1, "v3-8", "v3:2x2")
+    yield "v3_32", Slice("TPU v3", 32, 4, "v3-32", "v3:4x4")
+    for cores, shape in _CUBES.items():
+        chips = cores // 2
+        if cores <= 512:
+            yield f"v4_{cores}", Slice("TPU v4", chips, chips // 4, f"v4-{cores}", f"v4:{shape}")
+        yield f"v5p_{cores}", Slice("TPU v5", chips, chips // 4, f"v5p-{cores}", f"v5p:{shape}")
+    for chips, shape in _SQUARES.items():
+        hosts = max(chips // 4, 1) if chips > 8 else 1
+        for name, device, cloud in (
+            ("v5e", "TPU v5 lite", "v5litepod"),
+            ("v6e", "TPU v6 lite", "v6e"),
+        ):
+            where = f"{name}:{shape}"
+            yield f"{name}_{chips}", Slice(device, chips, hosts, f"{cloud}-{chips}", where)
+    yield "v5e_256x2", Slice("TPU v5 lite", 512, 128, "v5litepod-256", "v5e:16x16", 2)
+    yield "a100_8", Slice("NVIDIA A100", 8, 1, "8xA100")
+    yield "h100_8", Slice("NVIDIA H100", 8, 1, "8xH100")
+
+
+SLICES = dict(_slices())
+
+
+def find_slice(name: str, place: str) -> Slice:
+    """ValueError with the nearest name if there is none such; v4-32 is v4_32."""
+    return config.choose(SLICES, name.replace("-", "_"), place)

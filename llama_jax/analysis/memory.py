@@ -1,17 +1,20 @@
 """Does it fit? Memory of training by formula, before anything is allocated.
 
-Parts, a device: the state and the gradients (exact), what the backward pass finds stored under the
-remat policy, and the logits of one chunk with their gradient. Temporary buffers of the compiler are
-not counted, so that what is refused here certainly does not fit.
+A device holds the state, and at the peak of a step either the logits of one chunk with their gradient, or
+the gradients and the work of one layer's backward pass; and what that pass finds stored under the remat
+policy. State and gradients are exact. The work of a layer is counted in arrays of the layer's code, as many
+as the TPU compiler was found to keep at once (WORK below); elsewhere it is left out, so that what is
+refused there certainly does not fit.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import psutil
 
-from llama_jax import config, tree
+from llama_jax import config
 
 
 class Need(NamedTuple):
@@ -21,25 +24,55 @@ class Need(NamedTuple):
     gradients: float
     activations: float
     logits: float
+    work: float = 0.0
 
     @property
     def total(self) -> float:
-        return sum(self)
+        return self.state + self.activations + max(self.logits, self.gradients + self.work)
 
 
-def need(run: config.Run, state: Any, shardings: Any, devices: int) -> Need:
-    """Memory of a run whose state has these shapes and shardings, on so many devices."""
+class Work(NamedTuple):
+    """Arrays that exist at once in the backward pass of a layer, on one generation of TPU."""
+
+    weights: float  # times the layer's gathered parameters
+    wide: float  # times tokens x ffn width
+    narrow: float  # times tokens x (model width + attention width)
+
+
+# Least squares over compiled steps; docs/scale.md has them, tests/plan compiles others.
+WORK = {
+    "TPU v4": Work(1.2, 6.0, 8.0),
+    "TPU v5": Work(1.2, 6.0, 8.0),
+    "TPU v5 lite": Work(1.0, 3.5, 5.0),
+    "TPU v6 lite": Work(1.0, 3.5, 5.0),
+}
+
+
+def need(run: config.Run, state: Any, device_kind: str = "") -> Need:
+    """Memory of a run whose state has these shapes and shardings."""
+    mesh = jax.tree.leaves(state)[0].sharding.mesh.shape
+    return of_bytes(run, mesh, _local(state), _local(state.params), device_kind)
+
+
+def of_bytes(
+    run: config.Run, mesh: Mapping[str, int], state: float, parameters: float, device_kind: str
+) -> Need:
+    """The same from the bytes of the state, and of the parameters in it, on one device."""
     model = run.model
-    tokens = run.tokens_per_step / run.train.microbatches / devices
     width = 2 if model.compute_dtype == "bfloat16" else 4
-    stored = _stored_a_layer(model) * model.layers * width
-    logits = 2 * 4 * model.vocab_size / run.train.loss_chunks
-    gradients = _gib(state.params, shardings.params) * (2 if run.train.microbatches > 1 else 1)
+    rows = mesh["slices"] * mesh["data"] * mesh["fsdp"]
+    tokens = run.tokens_per_step / run.train.microbatches / (rows * mesh["context"])
+    own = tokens / mesh["tensor"]  # of wide arrays a device has a part, of narrow ones some tokens
+    gathered = width * model.vocab_size * model.dim / mesh["tensor"]
+    logits = own / run.train.loss_chunks * model.vocab_size * (4 + width)
+    in_compute_dtype = parameters * width / 4
+    across = math.prod(mesh.values()) > 1
     return Need(
-        state=_gib(state, shardings),
-        gradients=gradients,
-        activations=tokens * stored / 2**30,
-        logits=tokens * logits / 2**30,
+        state=state / 2**30,
+        gradients=(in_compute_dtype + parameters * (run.train.microbatches > 1)) / 2**30,
+        activations=own * _stored_a_layer(model) * model.layers * width / 2**30,
+        logits=(logits + across * 2 * gathered) / 2**30,
+        work=_work(model, own, width, mesh["tensor"], WORK.get(device_kind)) / 2**30,
     )
 
 
@@ -57,11 +90,11 @@ def check(need: Need, available: float) -> None:
         raise ValueError(
             f"this run needs at least {need.total:.1f} GiB on each device (parameters and optimiser "
             f"{need.state:.1f}, gradients {need.gradients:.1f}, activations {need.activations:.1f}, "
-            f"logits {need.logits:.1f}) but {available:.1f} GiB is free; {_advice(need, available)}"
+            f"logits {need.logits:.1f}) but {available:.1f} GiB is free; {advice(need, available)}"
         )
 
 
-def _advice(need: Need, available: float) -> str:
+def advice(need: Need, available: float) -> str:
     if need.state + need.gradients > available:
         times = math.ceil((need.state + need.gradients) / available)
         return f"use at least {times} times as many devices (mesh.fsdp) or a smaller config"
@@ -77,16 +110,26 @@ def _stored_a_layer(model: config.Model) -> int:
     keys = 2 * model.kv_heads * model.head_dim
     return {
         "full": model.dim,
+        "offload": model.dim,
         "attention": model.dim + 2 * attention + keys,
-        "linear": 3 * model.dim + attention + keys + 2 * model.ffn_dim,
+        "linear": 3 * model.dim + 2 * attention + keys + 2 * model.ffn_dim,
         "dots": 3 * model.dim + attention + keys + 2 * model.ffn_dim,
     }.get(model.remat, 5 * model.dim + 2 * attention + keys + 4 * model.ffn_dim)
 
 
-def _gib(shapes: Any, shardings: Any) -> float:
-    """GiB that one device holds of a tree."""
+def _work(model: config.Model, tokens: float, width: int, tensor: int, work: Work | None) -> float:
+    if work is None:
+        return 0.0
+    attention, keys = model.heads * model.head_dim, 2 * model.kv_heads * model.head_dim
+    weights = model.dim * (2 * attention + keys + 3 * model.ffn_dim) / tensor
+    narrow = model.dim + attention + keys
+    arrays = work.wide * model.ffn_dim + work.narrow * narrow
+    return width * (work.weights * weights + tokens * arrays)
 
-    def local(leaf, sharding):
-        return jax.ShapeDtypeStruct(sharding.shard_shape(leaf.shape), leaf.dtype)
 
-    return tree.gib(jax.tree.map(local, shapes, shardings))
+def _local(shapes: Any) -> float:
+    """Bytes that one device holds of a tree."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(shapes)
+    )

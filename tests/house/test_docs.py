@@ -15,10 +15,13 @@ README = (ROOT / "README.md").read_text()
 SHORT = ["--config.train.steps=3", "--config.optim.warmup_steps=1", "--config.eval.rows=8"]
 
 
-WEIGHTS = README.split("\n## Weights\n")[1].split("\n## ")[0]
+WEIGHTS, PLANS = (
+    README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    for title in ("Weights", "Before a slice starts")
+)
 
 
-def commands(text: str = README.replace(WEIGHTS, "")) -> list[list[str]]:
+def commands(text: str = README.replace(WEIGHTS, "").replace(PLANS, "")) -> list[list[str]]:
     """`python -m experiments...` lines of shell blocks, continuations joined."""
     found = []
     for block in re.findall(r"```sh\n(.*?)```", text, re.S):
@@ -59,6 +62,14 @@ def test_a_command_of_the_readme_runs(words, tmp_path, cache):
     done = helpers.run(module.removeprefix("experiments."), *flags)
     assert done.returncode == 0, done.stderr
     assert "written to" in done.stdout or "wrote" in done.stdout
+
+
+@pytest.mark.parametrize("words", commands(PLANS), ids=" ".join)
+def test_a_plan_of_the_readme_fits(words):
+    """By formula; tests/plan asks the compiler."""
+    done = helpers.run("plan", *words[2:], *([] if "--analytic" in words else ["--analytic"]))
+    assert done.returncode == 0, done.stderr
+    assert "v4_" in done.stdout
 
 
 def test_the_weights_of_the_readme_come_in_write_and_leave(tmp_path, shared):

@@ -14,6 +14,7 @@ FLOORS = [
     {"model", "data"},
     {"train", "decode", "convert"},
     {"analysis"},
+    {"plan"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 WITHOUT_JAX = ("tokenizer", "config.py", "dims.py")

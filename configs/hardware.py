@@ -1,0 +1,25 @@
+"""Where a page runs: `--config=configs/7b.py:v4_32` lays it out for that slice.
+
+The layout (mesh, remat policy, microbatches, loss chunks) is the fastest that fits by the formulas of
+llama_jax/plan/fit.py; `python -m experiments.plan` shows it and asks the compiler. What a user sets on the
+command line goes on top. The slices are those of llama_jax/analysis/hardware.py.
+"""
+
+from llama_jax import config
+from llama_jax.analysis import hardware
+from llama_jax.plan import fit
+
+PLACE = "the slice after the colon of --config"
+
+
+def lay_out(run: config.Run, name: str) -> config.Run:
+    """`run` with a mesh and a way of computing for the slice. ValueError if there is none that fits."""
+    hardware.find_slice(name, PLACE)
+    name = name.replace("-", "_")
+    if found := fit.fits(run, name):
+        return found[0].run
+    larger = [other for other in hardware.SLICES if fit.fits(run, other)]
+    raise ValueError(
+        f"{PLACE}, {name}, is too small for this run; "
+        + (f"these are not: {', '.join(larger)}" if larger else "none in the table is large enough")
+    )

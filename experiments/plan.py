@@ -1,0 +1,182 @@
+"""Before a slice starts: what fits, how fast, how long. No device is needed.
+
+    python -m experiments.plan --config=configs/65b.py:v4_512
+
+compiles the training step for the slice with TPU's compiler (the extra `tpu`), about two minutes; --analytic
+takes the formulas alone, a second. --suggest ranks the layouts that fit and compiles the best few.
+"""
+
+import dataclasses
+import json
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX: planning touches no device
+
+import jax
+import tqdm
+from absl import flags
+
+from experiments import cli
+from llama_jax import config
+from llama_jax.analysis import hardware, memory
+from llama_jax.plan import figures, fit
+
+CONFIG = cli.define_config()
+ANALYTIC = flags.DEFINE_bool("analytic", False, "By formula alone, without the compiler.")
+SUGGEST = flags.DEFINE_bool("suggest", False, "Search mesh, remat, microbatches and loss chunks.")
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object (with --suggest, a list).")
+MARKDOWN = flags.DEFINE_bool("markdown", False, "Print a markdown table.")
+COMPILED = 3  # layouts that --suggest asks the compiler about
+
+
+def main() -> int:
+    jax.config.update("jax_platforms", "cpu")
+    run = cli.frozen(CONFIG)
+    name = run.mesh.hardware
+    if name == "any":
+        raise ValueError(
+            "planning needs a slice, as in --config=configs/7b.py:v4_32; there are "
+            + ", ".join(hardware.SLICES)
+        )
+    if SUGGEST.value:
+        return suggest(run, name)
+    plan = figures.plan(run, name, compile=not ANALYTIC.value)
+    show([(run, plan)])
+    return 0 if plan.fits else 1
+
+
+def suggest(run: config.Run, name: str) -> int:
+    """The layouts that fit by formula, fastest first; the compiler's figures of the best few."""
+    found = distinct(fit.fits(run, name))
+    if not found:
+        raise ValueError(f"no layout of this run fits {name}")
+    plans = []
+    for one in tqdm.tqdm(found[:COMPILED], desc="compiling", disable=ANALYTIC.value or JSON.value):
+        plans.append((one.run, figures.plan(one.run, name, compile=not ANALYTIC.value)))
+    plans.sort(key=lambda pair: (not pair[1].fits, pair[1].step_seconds_high or 0))
+    show(plans)
+    if not JSON.value:
+        print("\nthe first, as settings:\n  " + " ".join(settings(run, plans[0][0])))
+    return 0
+
+
+def distinct(found: list[fit.Fit]) -> list[fit.Fit]:
+    """The best microbatch of every mesh and policy: its neighbours differ by little."""
+    best: dict = {}
+    for one in found:
+        best.setdefault((one.run.mesh, one.run.model.remat), one)
+    return list(best.values())
+
+
+def settings(old: config.Run, new: config.Run) -> list[str]:
+    flat = config.flatten(new)
+    return [
+        f"--config.{line.split(':')[0]}={flat[line.split(':')[0]]}"
+        for line in config.diff(old, new)
+    ]
+
+
+def show(plans: list[tuple[config.Run, figures.Plan]]) -> None:
+    if JSON.value:
+        objects = [dataclasses.asdict(plan) for _, plan in plans]
+        print(json.dumps(objects if SUGGEST.value else objects[0]))
+    elif MARKDOWN.value or SUGGEST.value:
+        print("\n".join(table(plans)))
+    else:
+        print("\n".join(report(*plans[0])))
+
+
+COLUMNS = (
+    *("slice", "mesh", "remat", "rows a chip", "loss chunks", "GiB a chip", "of", "Mcycles"),
+    *("executed / model", "step s", "MFU"),
+)
+
+
+def table(plans: list[tuple[config.Run, figures.Plan]]) -> list[str]:
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    return lines + [f"| {' | '.join(row(run, plan))} |" for run, plan in plans]
+
+
+def row(run: config.Run, plan: figures.Plan) -> list[str]:
+    return [
+        plan.slice,
+        layout(run.mesh),
+        run.model.remat,
+        f"{rows_a_chip(run, plan):g}",
+        str(run.train.loss_chunks),
+        f"{plan.hbm_gib_per_chip:.2f}" + ("" if plan.fits else ": does not fit"),
+        f"{plan.hbm_limit_gib:g}",
+        number(plan.mcycles, ",.0f"),
+        number(plan.flops_executed and plan.flops_executed / plan.flops_model, ".3f"),
+        bracket(plan.step_seconds_low, plan.step_seconds_high, ".3g"),
+        bracket(plan.mfu_low, plan.mfu_high, ".1%"),
+    ]
+
+
+def report(run: config.Run, plan: figures.Plan) -> list[str]:
+    parts, slice_ = plan.parts, hardware.SLICES[plan.slice]
+    limit, need = plan.hbm_limit_gib, plan.hbm_gib_per_chip
+    lines = [
+        f"{plan.slice}: {plan.devices} x {slice_.device} on {slice_.hosts} hosts, mesh {layout(run.mesh)}",
+        f"remat {run.model.remat}, kernel {run.model.kernel}, {run.train.microbatches} microbatches of "
+        f"{run.train.batch_size // run.train.microbatches} rows ({rows_a_chip(run, plan):g} a chip), "
+        f"loss in {run.train.loss_chunks} chunks",
+        "",
+        f"memory a chip, GiB (limit {limit:g})",
+        f"  parameters and optimiser {parts['state']:10.2f}",
+        f"  gradients                {parts['gradients']:10.2f}",
+        f"  saved activations        {parts['activations']:10.2f}",
+        f"  logits of a chunk        {parts['logits']:10.2f}",
+        f"  work of a layer          {parts['work']:10.2f}",
+        f"  at the peak              {need:10.2f}  by the {plan.hbm_from}: "
+        + (f"fits, {limit - need:.2f} to spare" if plan.fits else "does not fit"),
+    ]
+    if not plan.fits:
+        lines.append(f"  {memory.advice(memory.Need(**parts), limit)}; --suggest searches")
+    lines += ["", f"TFLOP a chip and step: model {plan.flops_model / 1e12:,.0f}"]
+    if plan.flops_executed:
+        ratio = plan.flops_executed / plan.flops_model
+        lines[-1] += f", executed {plan.flops_executed / 1e12:,.0f} ({ratio:.3f} times)"
+        lines += ["collectives a chip and step          count        GiB   seconds   uncovered"]
+        for one in plan.collectives:
+            how = "asynchronous" if one["started"] else "synchronous"
+            lines.append(
+                f"  {one['kind']:20}{how:14}{one['count']:6}{one['gib']:11.2f}{one['seconds']:10.3f}"
+                f"{one['exposed_seconds']:12.3f}"
+            )
+        lines += [
+            "",
+            "estimated, from products alone to everything in series (llama_jax/plan/roofline.py):",
+            f"  step {bracket(plan.step_seconds_low, plan.step_seconds_high, '.3g')} s, "
+            f"MFU {bracket(plan.mfu_low, plan.mfu_high, '.1%')}, "
+            f"{plan.tokens_per_second_per_chip:,.0f} tokens/s/chip in series",
+            f"  {run.train.steps:,} steps: {plan.days:,.1f} days, {plan.chip_hours:,.0f} chip-hours, "
+            + (
+                f"{plan.kwh:,.0f} kWh, {plan.tco2eq:,.2f} tCO2eq"
+                if plan.kwh
+                else "energy unknown (the chip's power is not published)"
+            ),
+        ]
+    lines.append(f"  a checkpoint takes {plan.checkpoint_gib:,.1f} GiB")
+    return lines
+
+
+def layout(mesh: config.Mesh) -> str:
+    sizes = {axis: size for axis, size in dataclasses.asdict(mesh).items() if axis != "hardware"}
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "one device"
+
+
+def rows_a_chip(run: config.Run, plan: figures.Plan) -> float:
+    return run.train.batch_size / run.train.microbatches / plan.devices
+
+
+def number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def bracket(low: float | None, high: float | None, form: str) -> str:
+    return "" if low is None else f"{low:{form}} to {high:{form}}"
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""What a run needs on a slice that is not there yet: memory, time, collectives."""

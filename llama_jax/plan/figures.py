@@ -1,0 +1,115 @@
+"""What a user asks before a slice starts: does it fit, how fast, how long, how much."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from llama_jax import config, sharding
+from llama_jax.analysis import carbon, flops, hardware, memory
+from llama_jax.plan import aot, roofline
+from llama_jax.train import program as programs
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Of one run on one slice. None: not known without the compiler, or not published of the device.
+
+    Bytes, cycles and FLOPs are of one chip (on TPU v2 and v3 one core) and one optimiser step; seconds,
+    MFU, days and what follows from them are estimates, low the fast end of the bracket, high the slow one.
+    """
+
+    slice: str
+    devices: int
+    fits: bool
+    hbm_gib_per_chip: float
+    hbm_limit_gib: float
+    hbm_from: str  # "compiler" or "formula"
+    parts: dict[str, float]  # GiB, by formula
+    mcycles: float | None
+    flops_model: float
+    flops_executed: float | None
+    collectives: list[dict[str, Any]] | None
+    step_seconds_low: float | None
+    step_seconds_high: float | None
+    mfu_low: float | None
+    mfu_high: float | None
+    tokens_per_second_per_chip: float | None
+    chip_hours: float | None
+    days: float | None
+    checkpoint_gib: float
+    kwh: float | None
+    tco2eq: float | None
+    compile_seconds: float | None
+
+
+def plan(run: config.Run, name: str, compile: bool) -> Plan:
+    """Figures of `run` on the slice `name`, by formula and, if asked and there is one, by the compiler."""
+    slice_ = hardware.SLICES[name]
+    device = hardware.DEVICES[slice_.device]
+    program = programs.build(run, sharding.abstract(run.mesh, slice_.devices))
+    need = memory.need(run, program.state, slice_.device)
+    model = flops.per_token(program.module, run.data.seq_len) * run.tokens_per_step / slice_.devices
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.state))
+    known = dict(
+        slice=name,
+        devices=slice_.devices,
+        hbm_limit_gib=device.hbm_gib,
+        parts=need._asdict(),
+        flops_model=model,
+        checkpoint_gib=whole / 2**30,
+    )
+    if not (compile and slice_.topology):
+        return _of(known, need.total, "formula")
+    try:
+        compiled = aot.compile(run, name)
+    except aot.DoesNotFit:
+        return _of(known, max(need.total, device.hbm_gib), "compiler", fits=False)
+    return _of(known, compiled.hbm_gib, "compiler", **_times(run, slice_, model, compiled))
+
+
+def _times(run, slice_, model: float, compiled: aot.Compiled) -> dict[str, Any]:
+    device = hardware.DEVICES[slice_.device]
+    took = roofline.seconds(compiled, slice_)
+    mfu = lambda seconds: model / seconds / (device.bf16_tflops * 1e12)  # noqa: E731
+    hours = took.high * run.train.steps / 3600
+    energy = carbon.kwh(hours * slice_.devices, device.watts) if device.watts else None
+    return dict(
+        mcycles=sum(compiled.cycles.values()) / 1e6,
+        flops_executed=compiled.flops,
+        collectives=_collectives(compiled, slice_),
+        step_seconds_low=took.low,
+        step_seconds_high=took.high,
+        mfu_low=mfu(took.high),
+        mfu_high=mfu(took.low),
+        tokens_per_second_per_chip=run.tokens_per_step / took.high / slice_.devices,
+        chip_hours=hours * slice_.devices,
+        days=hours / 24,
+        kwh=energy,
+        tco2eq=energy and carbon.kg_co2(hours * slice_.devices, device.watts) / 1000,
+        compile_seconds=compiled.seconds,
+    )
+
+
+def _collectives(compiled: aot.Compiled, slice_: hardware.Slice) -> list[dict[str, Any]]:
+    """One line a kind: count and GiB a step, seconds by themselves, seconds that nothing covers."""
+    clock = hardware.DEVICES[slice_.device].ghz * 1e9
+    lines: dict[tuple, dict[str, Any]] = {}
+    for one in compiled.collectives:
+        key = (one["kind"], one["started"])
+        zero = dict(kind=key[0], started=key[1], count=0, gib=0.0, seconds=0.0, exposed_seconds=0.0)
+        line = lines.setdefault(key, zero)
+        alone = roofline.collective(one, slice_)
+        line["count"] += one["times"]
+        line["gib"] += one["bytes"] * one["times"] / 2**30
+        line["seconds"] += alone * one["times"]
+        line["exposed_seconds"] += roofline.exposed(one, slice_, clock) * one["times"]
+    return sorted(lines.values(), key=lambda line: -line["gib"])
+
+
+def _of(known: dict[str, Any], hbm: float, source: str, fits: bool | None = None, **more) -> Plan:
+    names = [field.name for field in dataclasses.fields(Plan)]
+    values = {**dict.fromkeys(names), **known, **more}
+    values |= dict(hbm_gib_per_chip=hbm, hbm_from=source)
+    values["fits"] = hbm <= known["hbm_limit_gib"] if fits is None else fits
+    return Plan(**values)

@@ -1,0 +1,139 @@
+"""How to lay a run out on a slice: every mesh, remat policy and microbatch, those that fit, fastest first.
+
+By formula: memory as analysis/memory.py has it, time as products at a usual share of the peak rate plus the
+collectives that they cannot cover. Good for ranking; the compiler has the last word on what fits.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+
+from llama_jax import config, sharding
+from llama_jax.analysis import flops, hardware, memory
+from llama_jax.plan import roofline
+from llama_jax.train import program as programs
+
+# Reduce-scatters become all-reduces when a shard has fewer rows than a tile: 16 at FSDP 256 of width 4096.
+SMALLEST_SHARD = 64
+SPARE = 0.92  # of the memory: the formula is within 10% of the compiler
+LOGITS_GIB = 1.0  # of one chunk of the loss, at most
+PRODUCT_RATE = 0.72  # of the peak, all but products included; from the steps of docs/scale.md
+# Executed over model FLOPs, without kernels.
+REMAT = {"none": 1.0, "dots": 1.05, "linear": 1.02, "attention": 1.2, "full": 1.3}
+
+
+class Fit(NamedTuple):
+    run: config.Run
+    need: memory.Need
+    seconds: float  # of a step, estimated
+
+
+def fits(run: config.Run, name: str) -> list[Fit]:
+    """Layouts of `run` on the slice `name` that fit, fastest first; empty if none does."""
+    slice_ = hardware.SLICES[name]
+    limit = hardware.DEVICES[slice_.device].hbm_gib * SPARE
+    whole = dataclasses.replace(run, mesh=config.Mesh())
+    state, parameters, flops_per_token = _sizes(whole)
+    found = []
+    for candidate in _candidates(run, name, slice_):
+        mesh = {axis: getattr(candidate.mesh, axis) for axis in sharding.AXES}
+        parts = mesh["fsdp"] * mesh["context"] * mesh["tensor"]
+        bytes_ = state / parts, parameters / parts
+        for one in _policies(candidate):
+            need = memory.of_bytes(one, mesh, *bytes_, slice_.device)
+            if need.total <= limit:
+                found.append(Fit(one, need, _seconds(one, flops_per_token, slice_)))
+    return sorted(found, key=lambda fit: fit.seconds)
+
+
+@functools.lru_cache(maxsize=64)
+def _sizes(run: config.Run) -> tuple[int, int, int]:
+    """Bytes of the state and of the parameters in it, and FLOPs a token."""
+    program = programs.build(run, sharding.abstract(config.Mesh(), 1))
+    state, parameters = (
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part))
+        for part in (program.state, program.state.params)
+    )
+    return state, parameters, flops.per_token(program.module, run.data.seq_len)
+
+
+def _candidates(run: config.Run, name: str, slice_: hardware.Slice) -> Iterator[config.Run]:
+    chips = slice_.devices // slice_.slices
+    powers = [2**n for n in range(chips.bit_length()) if 2**n <= chips]
+    contexts = [n for n in powers if run.data.seq_len // n >= 8192] or [1]
+    model = dataclasses.replace(run.model, kernel=slice_.kernel)
+    for tensor, context, fsdp in itertools.product((1, 2, 4, 8), contexts, powers):
+        data, rest = divmod(chips, tensor * context * fsdp)
+        rows = data * fsdp * slice_.slices
+        if rest or data == 0 or run.train.batch_size % rows:
+            continue
+        if not _divides(run, fsdp * context, tensor, context):
+            continue
+        mesh = config.Mesh(
+            slices=slice_.slices,
+            data=data,
+            fsdp=fsdp,
+            context=context,
+            tensor=tensor,
+            hardware=name,
+        )
+        for microbatches in _divisors(run.train.batch_size // rows):
+            chunks = _chunks(run, rows, microbatches, mesh)
+            train = dataclasses.replace(run.train, microbatches=microbatches, loss_chunks=chunks)
+            yield dataclasses.replace(run, model=model, mesh=mesh, train=train)
+
+
+def _divides(run: config.Run, shards: int, tensor: int, context: int) -> bool:
+    model = run.model
+    wide = (model.heads, model.kv_heads, model.ffn_dim, model.vocab_size)
+    return (
+        model.dim % shards == 0
+        and (shards == 1 or model.dim // shards >= SMALLEST_SHARD)
+        and all(size % tensor == 0 for size in wide)
+        and model.heads % (tensor * context) == 0
+        and run.data.seq_len % (tensor * context) == 0
+    )
+
+
+def _policies(run: config.Run) -> Iterator[config.Run]:
+    for remat in REMAT:
+        yield dataclasses.replace(run, model=dataclasses.replace(run.model, remat=remat))
+
+
+def _chunks(run: config.Run, rows: int, microbatches: int, mesh: config.Mesh) -> int:
+    """Enough of them that the logits of one stay below LOGITS_GIB."""
+    tokens = run.tokens_per_step / microbatches / rows / mesh.context / mesh.tensor
+    wanted = 6 * tokens * run.model.vocab_size / 2**30 / LOGITS_GIB
+    return next(n for n in _divisors(run.data.seq_len) if n >= min(wanted, run.data.seq_len))
+
+
+def _seconds(run: config.Run, flops_per_token: float, slice_: hardware.Slice) -> float:
+    device = hardware.DEVICES[slice_.device]
+    model, mesh = run.model, run.mesh
+    work = flops_per_token * run.tokens_per_step / slice_.devices
+    products = work * REMAT[model.remat] / (PRODUCT_RATE * device.bf16_tflops * 1e12)
+    if not slice_.topology:
+        return products
+    layer = (
+        2
+        * model.dim
+        * (2 * model.head_dim * (model.heads + model.kv_heads) + 3 * model.ffn_dim)
+        / mesh.tensor
+    )  # bytes of one layer's parameters in bfloat16
+    gather = dict(kind="all-gather", bytes=layer, parts=mesh.fsdp * mesh.context)
+    weights = 3 * model.layers * roofline.collective(gather, slice_) * (mesh.fsdp > 1)
+    rows = mesh.slices * mesh.data * mesh.fsdp * mesh.context
+    x = 2 * run.tokens_per_step / run.train.microbatches / rows * model.dim
+    between = dict(kind="all-gather", bytes=x, parts=mesh.tensor)
+    activations = 10 * model.layers * roofline.collective(between, slice_) * (mesh.tensor > 1)
+    # Gathers of weights hide behind products; those of activations stand between them.
+    return max(products, run.train.microbatches * weights) + run.train.microbatches * activations
+
+
+@functools.cache
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

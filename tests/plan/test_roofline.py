@@ -1,0 +1,52 @@
+import pytest
+
+from llama_jax.analysis import hardware
+from llama_jax.plan import roofline
+from llama_jax.plan.aot import Compiled
+
+V4_32 = hardware.SLICES["v4_32"]  # 2 x 2 x 4 chips
+
+
+def gather(**changed):
+    one = dict(kind="all-gather", bytes=45e9, parts=16, times=2, started=False, covered=0.0)
+    return {**one, **changed}
+
+
+def compiled(collectives):
+    return Compiled(1, 1, 1, {"matmul": 1.05e9, "copy": 1.05e9}, 1e12, 275e12, collectives, 1)
+
+
+@pytest.mark.parametrize(
+    ("topology", "parts", "links"),
+    [
+        ("v4:2x2x4", 16, 3),  # no dimension wraps
+        ("v4:2x2x4", 4, 1),
+        ("v4:4x4x4", 64, 6),  # a cube wraps around
+        ("v4:4x8x8", 4, 2),
+        ("v4:4x8x8", 64, 4),
+        ("v5e:16x16", 256, 4),
+        ("v5e:8x8", 8, 1),
+    ],
+)
+def test_a_group_has_the_links_of_the_dimensions_that_it_spans(topology, parts, links):
+    assert roofline.links(topology, parts) == links
+
+
+def test_a_collective_takes_its_share_of_the_bytes_over_the_links():
+    assert roofline.collective(gather(), V4_32) == pytest.approx(15 / 16 / 3)
+    assert roofline.collective(gather(kind="all-reduce"), V4_32) == pytest.approx(2 * 15 / 16 / 3)
+    assert roofline.collective(gather(kind="collective-permute"), V4_32) == pytest.approx(1)
+
+
+def test_the_bracket_goes_from_cycles_alone_to_everything_in_series():
+    """2.1e9 cycles at 1.05 GHz; 275 TFLOP of kernels at half of 275 TFLOP/s; two gathers of 0.3125 s."""
+    took = roofline.seconds(compiled([gather()]), V4_32)
+    assert took.low == pytest.approx(2)
+    assert took.high == pytest.approx(2 + 2 + 2 * 0.3125)
+
+
+def test_work_that_is_scheduled_beside_a_collective_covers_it():
+    half = gather(started=True, covered=0.15625 * 1.05e9)
+    assert roofline.seconds(compiled([half]), V4_32).exposed == pytest.approx(0.3125)
+    whole = gather(started=True, covered=9e9)
+    assert roofline.seconds(compiled([whole]), V4_32).exposed == 0
