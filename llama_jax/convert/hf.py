@@ -139,13 +139,9 @@ def model_of(settings: dict[str, Any], file: Path) -> tuple[config.Model, int]:
         )
     for name, only in (
         *(("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)),
-        *(("quantization_config", None),),
+        *(("quantization_config", None), ("partial_rotary_factor", 1.0)),
     ):
-        if settings.get(name, only) != only:
-            raise ValueError(
-                f"{file}: {name}={json_file.shown(settings[name])} is not LLaMA's; only {only!r} is "
-                "computed here"
-            )
+        _only(settings, name, only, file)
     values = {
         ours: _value(settings, theirs, kind, file) for ours, (theirs, kind) in _SETTINGS.items()
     }
@@ -158,6 +154,14 @@ def model_of(settings: dict[str, Any], file: Path) -> tuple[config.Model, int]:
     with naming(file):
         model = config.Model(**values, rope=rope, output="tied" if tied else "untied")
     return model, context
+
+
+def _only(settings: dict[str, Any], name: str, only: Any, file: Path) -> None:
+    if settings.get(name, only) != only:
+        raise ValueError(
+            f"{file}: {name}={json_file.shown(settings[name])} is not LLaMA's; only {only!r} is "
+            "computed here"
+        )
 
 
 # Our name: theirs, and the kind of its value or the default that transformers has.
@@ -209,6 +213,7 @@ def rope_of(settings: dict[str, Any], file: Path) -> config.Rope:
 
 def _rope(scaling: dict[str, Any], thetas: list[float], file: Path) -> config.Rope:
     theta = thetas[0] if thetas else 10_000.0
+    _only(scaling, "partial_rotary_factor", 1.0, file)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return config.Rope(theta=theta)

@@ -212,6 +212,10 @@ SETTINGS = {
     "biases": {"attention_bias": True},
     "biases of the feed-forward": {"mlp_bias": True},
     "quantised": {"quantization_config": {"bits": 4}},
+    "a part of a head turned": {"partial_rotary_factor": 0.5},
+    "a part of a head turned, said elsewhere": {
+        "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    },
     "another rope scaling": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
     "an older rope scaling": {"rope_scaling": {"type": "linear", "factor": 2.0}},
     "rope said twice, differently": {
@@ -230,6 +234,8 @@ def test_settings_that_are_not_computed_here(tmp_path, to, others):
     word = {"rope_scaling": "rope scaling", "num_key_value_heads": "model.kv_heads=4"}.get(
         name, name
     )
+    if "partial_rotary_factor" in str(others):
+        word = "partial_rotary_factor=0.5 is not LLaMA's"
     refused(came, to, word)
 
 
