@@ -8,7 +8,7 @@ PIP = -m pip install --quiet --disable-pip-version-check
 PYTHON312 = $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12; do \
 	$$p -c 'pass' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help venv train test test-slow test-newest smoke-newest lint format bench clean
+.PHONY: help venv train test test-slow test-newest smoke-newest lint format bench compile-all clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -40,6 +40,9 @@ format: .venv/dev ## ruff, in place
 
 bench: .venv/bench ## measure against peers; writes docs/benchmarks.md and benchmarks/results.json
 	.venv/bin/python -m benchmarks.run
+
+compile-all: .venv/dev ## compile networks for TPU slices; writes docs/scale.md; an hour or two, resumable
+	.venv/bin/python -m benchmarks.scale
 
 clean: ## remove the environments; runs and caches stay
 	rm -rf .venv .venv-newest

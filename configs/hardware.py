@@ -14,12 +14,13 @@ PLACE = "the slice after the colon of --config"
 
 def lay_out(run: config.Run, name: str) -> config.Run:
     """`run` with a mesh and a way of computing for the slice. ValueError if there is none that fits."""
-    hardware.find_slice(name, PLACE)
+    slice_ = hardware.find_slice(name, PLACE)
     name = name.replace("-", "_")
     if found := fit.fits(run, name):
         return found[0].run
-    larger = [other for other in hardware.SLICES if fit.fits(run, other)]
-    raise ValueError(
-        f"{PLACE}, {name}, is too small for this run; "
-        + (f"these are not: {', '.join(larger)}" if larger else "none in the table is large enough")
-    )
+    rows = run.train.batch_size
+    why = "is too small for this run"
+    if rows < slice_.devices:
+        why = f"has {slice_.devices} devices, over which train.batch_size={rows} rows cannot spread"
+    holding = [other for other in hardware.SLICES if fit.fits(run, other)]
+    raise ValueError(f"{PLACE}, {name}, {why}; these hold it: {', '.join(holding) or 'none'}")

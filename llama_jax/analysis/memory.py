@@ -7,6 +7,7 @@ as the TPU compiler was found to keep at once (WORK below); elsewhere it is left
 refused there certainly does not fit.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -37,15 +38,17 @@ class Work(NamedTuple):
     weights: float  # times the layer's gathered parameters
     wide: float  # times tokens x ffn width
     narrow: float  # times tokens x (model width + attention width)
+    gathered: float  # times tokens x model width, where heads and widths are over tensor
 
 
-# Least squares over compiled steps; docs/scale.md has them, tests/plan compiles others.
+# Solved from compiled steps of 7B, 65B, 70B and research networks; docs/scale.md compares many.
 WORK = {
-    "TPU v4": Work(1.2, 6.0, 8.0),
-    "TPU v5": Work(1.2, 6.0, 8.0),
-    "TPU v5 lite": Work(1.0, 3.5, 5.0),
-    "TPU v6 lite": Work(1.0, 3.5, 5.0),
+    "TPU v4": Work(3.5, 6.1, 1.6, 2.9),
+    "TPU v5": Work(3.5, 6.1, 1.6, 2.9),
+    "TPU v5 lite": Work(1.4, 7.0, 0.0, 2.9),
+    "TPU v6 lite": Work(1.4, 7.0, 0.0, 2.9),
 }
+LANES = 128  # the last dimension of an array takes a multiple of it in a TPU's memory
 
 
 def need(run: config.Run, state: Any, device_kind: str = "") -> Need:
@@ -59,6 +62,8 @@ def of_bytes(
 ) -> Need:
     """The same from the bytes of the state, and of the parameters in it, on one device."""
     model = run.model
+    if device_kind.startswith("TPU"):
+        model = dataclasses.replace(model, head_dim=math.ceil(model.head_dim / LANES) * LANES)
     width = 2 if model.compute_dtype == "bfloat16" else 4
     rows = mesh["slices"] * mesh["data"] * mesh["fsdp"]
     tokens = run.tokens_per_step / run.train.microbatches / (rows * mesh["context"])
@@ -124,6 +129,7 @@ def _work(model: config.Model, tokens: float, width: int, tensor: int, work: Wor
     weights = model.dim * (2 * attention + keys + 3 * model.ffn_dim) / tensor
     narrow = model.dim + attention + keys
     arrays = work.wide * model.ffn_dim + work.narrow * narrow
+    arrays += (tensor > 1) * tensor * work.gathered * model.dim
     return width * (work.weights * weights + tokens * arrays)
 
 

@@ -21,7 +21,9 @@ from llama_jax.train import program as programs
 SMALLEST_SHARD = 64
 SPARE = 0.92  # of the memory: the formula is within 10% of the compiler
 LOGITS_GIB = 1.0  # of one chunk of the loss, at most
-PRODUCT_RATE = 0.72  # of the peak, all but products included; from the steps of docs/scale.md
+# FLOPs a second over the peak rate, all that is not a product included; from compiled steps (docs/scale.md).
+PRODUCT_RATE = {"TPU v4": 0.73, "TPU v5": 0.78, "TPU v5 lite": 0.72, "TPU v6 lite": 0.57}
+USUAL_RATE = 0.5  # of others
 # Executed over model FLOPs, without kernels.
 REMAT = {"none": 1.0, "dots": 1.05, "linear": 1.02, "attention": 1.2, "full": 1.3}
 
@@ -113,9 +115,10 @@ def _chunks(run: config.Run, rows: int, microbatches: int, mesh: config.Mesh) ->
 
 def _seconds(run: config.Run, flops_per_token: float, slice_: hardware.Slice) -> float:
     device = hardware.DEVICES[slice_.device]
+    rate = PRODUCT_RATE.get(slice_.device, USUAL_RATE)
     model, mesh = run.model, run.mesh
     work = flops_per_token * run.tokens_per_step / slice_.devices
-    products = work * REMAT[model.remat] / (PRODUCT_RATE * device.bf16_tflops * 1e12)
+    products = work * REMAT[model.remat] / (rate * device.bf16_tflops * 1e12)
     if not slice_.topology:
         return products
     layer = (

@@ -122,3 +122,30 @@ def test_devices_are_found_by_the_name_jax_gives():
     assert hardware.find("TPU v5").bf16_tflops == 459
     assert hardware.find("NVIDIA H100 80GB HBM3").watts == 700
     assert hardware.find("cpu") == hardware.Device(0, 0)
+
+
+@pytest.mark.parametrize(("remat", "kv_heads"), [("full", 2), ("none", 4)])
+def test_executed_flops_are_counted_through_loops_and_kernels(remat, kv_heads):
+    """By hand: three passes over the weights (four, less `down`, when recomputed) and splash's kernels.
+
+    Splash: 2 products a forward pass, 3 for dq, 4 for dk and dv. Rotary is a product of H x H for q and k in
+    each pass; slope . out takes N x H. One block of 512: the kernels visit the whole square, the mathematics needs half.
+    """
+    B, T, D, N, H, F, V, L = 2, 512, 256, 4, 64, 320, 512, 3
+    model = config.Model(
+        vocab_size=V, dim=D, layers=L, heads=N, kv_heads=kv_heads, head_dim=H, ffn_dim=F,
+        kernel="splash", remat=remat,
+    )  # fmt: skip
+    run = config.Run(
+        model=model, data=config.Data(seq_len=T), train=config.Train(batch_size=B, steps=5000)
+    )
+    program = programs.build(run, sharding.make(run.mesh, jax.devices()[:1]))
+    found = flops.executed(program.step.trace(program.state, program.batch).jaxpr.jaxpr)
+    again = remat == "full"
+    layer = (3 + again) * D * H * (2 * N + 2 * kv_heads) + (3 + again) * 2 * D * F + 3 * D * F
+    rotary = (2 + again) * H * H * (N + kv_heads)
+    square = 2 * B * N * T * H * T
+    products = 2 * (1 + again) + 3 + 4
+    tokens = 2 * B * T * (L * (layer + rotary + N * H) + 3 * D * V)
+    assert found.kernels == L * products * square
+    assert found.total == tokens + L * products * square / 2

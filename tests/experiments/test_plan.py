@@ -72,7 +72,11 @@ def test_what_is_set_by_hand_and_does_not_fit_says_what_would():
     [
         ("configs/7b.py", "planning needs a slice, as in --config=configs/7b.py:v4_32"),
         ("configs/7b.py:v4_33", "nearest: 'v4_32'"),
-        ("configs/65b.py:v2_8", "v2_8, is too small for this run; these are not: "),
+        (
+            "configs/tiny.py:v4_512",
+            "has 256 devices, over which train.batch_size=8 rows cannot spread",
+        ),
+        ("configs/65b.py:v2_8", "v2_8, is too small for this run; these hold it: "),
     ],
 )
 def test_plan_refuses_in_one_line(config, message):

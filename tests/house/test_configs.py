@@ -10,7 +10,6 @@ from configs import sizes
 from llama_jax import config, sharding
 from llama_jax.analysis import hardware
 from llama_jax.model import transformer
-from llama_jax.plan import fit
 from llama_jax.train import optim
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,18 +121,11 @@ def test_sizes_agree_with_the_published_config_files(shared):
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
 def test_every_page_fits_a_slice_and_is_sharded_on_it(path):
-    page, fitting = load(path), []
-    for name in ("v3_32", "v4_32", "v5p_1024", "v6e_256", "h100_8"):
-        if not fit.fits(config.freeze(page.get_config()), name):
-            with pytest.raises(ValueError, match=f"{name}, is too small for this run"):
-                page.get_config(name)
-            continue
-        run = config.freeze(page.get_config(name))
-        fitting.append(name)
-        layout = sharding.abstract(run.mesh, hardware.SLICES[name].devices)
-        transformer.build(run.model, layout)
-        layout.check_rows(run.train.batch_size // run.train.microbatches)
-    assert fitting
+    name = "v4_8" if path.stem.startswith(("research", "tiny")) else "v5p_1024"
+    run = config.freeze(load(path).get_config(name))
+    layout = sharding.abstract(run.mesh, hardware.SLICES[name].devices)
+    transformer.build(run.model, layout)
+    layout.check_rows(run.train.batch_size // run.train.microbatches)
 
 
 def test_old_slices_hold_the_sizes_that_fit():
