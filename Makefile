@@ -18,17 +18,17 @@ venv: .venv/core ## install the pinned packages into .venv
 train: .venv/core ## train configs/tiny.py on Python's standard library, minutes on 2 cores
 	.venv/bin/python -m experiments.train --config=configs/tiny.py --workdir=$(WORKDIR)
 
-test: .venv/dev ## the suite, parity with torch included, about 9 minutes on 2 cores
-	.venv/bin/python -m pytest -n 2
+test: .venv/dev ## the suite, parity with torch included, about 7 minutes on 2 cores
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/dev ## what takes longer
-	.venv/bin/python -m pytest -n 2 -m slow
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m slow
 
 test-newest: .venv-newest/dev ## the suite on Python 3.12 with the newest JAX
-	.venv-newest/bin/python -m pytest -n 2
+	.venv-newest/bin/python -m pytest -n 2 --dist loadfile
 
 smoke-newest: .venv-newest/dev
-	.venv-newest/bin/python -m pytest -n 2 tests/model tests/train tests/house/test_mesh_equality.py
+	.venv-newest/bin/python -m pytest -n 2 --dist loadfile tests/model tests/train tests/house/test_mesh_equality.py
 
 lint: .venv/dev ## ruff: style and format
 	.venv/bin/ruff check .

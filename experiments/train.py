@@ -1,20 +1,18 @@
 """Train a network: `python -m experiments.train --config=configs/7b.py --workdir=DIR`.
 
 Started again with the same command, a run goes on from its last checkpoint. SIGINT and SIGTERM save and
-exit 0. What a run writes into its workdir: run.json (the config), tokenizer.model, checkpoints/,
-metrics.jsonl, tensorboard/, loss.png, runcard.json and .md, audit.jsonl when asked.
+exit 0. On a slice of several hosts the command runs on each of them (hosts.py), and the first one writes.
+What a run writes into its workdir: run.json (the config), tokenizer.model, checkpoints/, metrics.jsonl,
+tensorboard/, loss.png, runcard.json and .md, audit.jsonl when asked.
 """
 
 import functools
 import json
 import math
-import os
-import platform
 import shlex
 import shutil
-import subprocess
 import sys
-from importlib import metadata
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import cli
-from llama_jax import __version__, config, sharding, tree
+from experiments import cli, hosts, provenance
+from llama_jax import config, sharding, tree
 from llama_jax.analysis import baseline, flops, hardware, memory, runcard
 from llama_jax.convert import native
 from llama_jax.data import iterator, mixture, prepare
@@ -42,23 +40,24 @@ SAMPLE_PROMPT, SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 24, 64, 0.8
 
 
 def main() -> int:
-    cli.tune_for_cpu()
     run = cli.frozen(CONFIG)
+    hosts.join(run.mesh.hardware)
+    cli.tune_for_cpu()
+    check_hardware(run)
     workdir = Path(WORKDIR.value).expanduser().absolute()
     claim(workdir, run)
     jax.config.update("jax_compilation_cache_dir", str(Path(run.data.cache).expanduser() / "xla"))
 
-    check_hardware(run)
     program = programs.build(run, sharding.make(run.mesh, jax.devices()))
     kind = jax.devices()[0].device_kind
     memory.check(memory.need(run, program.state, kind), memory.available(jax.devices()))
     parameters = tree.count(program.state.params)
     print(f"{parameters:,} parameters on {jax.device_count()} x {kind}")
 
-    prepared = prepare.prepare(run.data, run.model.vocab_size)
-    if prepared.tokenizer_config.path:
+    prepared = prepare_once(run)
+    if prepared.tokenizer_config.path and hosts.first():
         shutil.copyfile(prepared.tokenizer_config.path, workdir / native.TOKENIZER)
-    record = {"provenance": provenance(prepared), "run": config.to_dict(run)}
+    record = {"provenance": provenance.describe(prepared), "run": config.to_dict(run)}
     with loop.Interrupt() as interrupt:
         return train(run, workdir, program, prepared, record, interrupt)
 
@@ -70,13 +69,16 @@ def train(run, workdir, program, prepared, record, interrupt) -> int:
     first = int(state.step)
 
     rates = figures(run, module)
-    console = metrics.Console(first, run.train.steps)
-    writers = [metrics.jsonl(workdir / "metrics.jsonl", first)]
-    if run.log.tensorboard == "on":
-        writers.append(metrics.tensorboard(workdir / "tensorboard", first))
-    if run.log.wandb == "on":
-        writers.append(metrics.wandb(workdir, record["run"]))
-    audit = metrics.jsonl(workdir / "audit.jsonl", first) if run.log.audit == "on" else None
+    console = metrics.Console(first, run.train.steps, quiet=not hosts.first())
+    writers, audit = [], None
+    if hosts.first():
+        writers.append(metrics.jsonl(workdir / "metrics.jsonl", first))
+        if run.log.tensorboard == "on":
+            writers.append(metrics.tensorboard(workdir / "tensorboard", first))
+        if run.log.wandb == "on":
+            writers.append(metrics.wandb(workdir, record["run"]))
+        if run.log.audit == "on":
+            audit = metrics.jsonl(workdir / "audit.jsonl", first)
     recorder = loop.Recorder(run, rates, writers, console, seconds)
 
     evaluate = functools.partial(
@@ -97,7 +99,7 @@ def train(run, workdir, program, prepared, record, interrupt) -> int:
                 recorder=recorder, interrupt=interrupt, audit=audit,
             )  # fmt: skip
             checkpoints.wait()
-        elif (workdir / "runcard.json").exists():
+        elif hosts.first_says((workdir / "runcard.json").exists()):
             print(f"already trained to step {first}: {workdir / 'runcard.md'} has the results")
             return 0
         else:
@@ -132,10 +134,11 @@ def check_hardware(run: config.Run) -> None:
 
 
 def claim(workdir: Path, run: config.Run) -> None:
-    """Make the workdir this run's. ValueError if it is another's, or cannot be written."""
+    """Make the workdir this run's. ValueError if it is another's, cannot be written, or is not the same
+    folder on every host."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".writable"
+        probe = workdir / f".writable_{jax.process_index()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -150,9 +153,39 @@ def claim(workdir: Path, run: config.Run) -> None:
                 + "\n  ".join(differing)
                 + "\ngive a new --workdir, or the settings of the run that is there"
             )
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(config.to_dict(run), indent=2) + "\n")
-    temporary.replace(path)
+    if hosts.first():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(config.to_dict(run), indent=2) + "\n")
+        temporary.replace(path)
+    if jax.process_count() > 1:
+        check_shared(workdir)
+
+
+def check_shared(workdir: Path) -> None:
+    """ValueError on every host unless the first one's files are seen by all."""
+    mark = workdir / f".shared_{hosts.first_says(time.time_ns() % 2**31)}"
+    if hosts.first():
+        mark.touch()
+    hosts.agree(True)  # it is there now
+    seen = hosts.agree(mark.exists())
+    if hosts.first():
+        mark.unlink()
+    if not seen:
+        raise ValueError(
+            f"--workdir={workdir} is not the same folder on all {jax.process_count()} hosts; checkpoints "
+            "need one that all of them see: a mounted bucket or a network file system"
+        )
+
+
+def prepare_once(run: config.Run) -> prepare.Prepared:
+    """The text, prepared by the first host and read by the others, who prepare it again where the cache
+    is a folder of their own."""
+    if not hosts.first():
+        hosts.agree(True)
+    prepared = prepare.prepare(run.data, run.model.vocab_size)
+    if hosts.first():
+        hosts.agree(True)
+    return prepared
 
 
 def start(run, program, checkpoints, prepared) -> tuple[Any, float]:
@@ -208,13 +241,19 @@ def baselines(run: config.Run, prepared) -> dict[str, float]:
 
 def finish(run, workdir, module, state, prepared, record, rates, seconds, evaluate) -> None:
     """What is left when the last step is done: plot, run card, a look at what the network writes."""
+    rows = metrics.read(workdir / "metrics.jsonl") if hosts.first() else [{}]
+    last = rows[-1]
+    if hosts.first_says("validation_loss" not in last):
+        last |= evaluate(state.params)
+    prompt = mixture.validation_rows(prepared, 1)[0][:SAMPLE_PROMPT].tolist()
+    tokens = generate.continue_text(
+        module, state.params, prompt, SAMPLE_TOKENS, SAMPLE_TEMPERATURE, seed=0
+    )
+    if not hosts.first():
+        return
     from llama_jax.analysis import plots  # matplotlib is slow to import
 
-    rows = metrics.read(workdir / "metrics.jsonl")
     counted = baselines(run, prepared)
-    last = rows[-1]
-    if "validation_loss" not in last:
-        last |= evaluate(state.params)
     results = {name: last[name] for name in ("validation_loss", "validation_bits_per_byte")}
     results |= {f"{name}_loss": nats for name, nats in counted.items()}
     parameters = tree.count(state.params)
@@ -237,10 +276,6 @@ def finish(run, workdir, module, state, prepared, record, rates, seconds, evalua
     )
     runcard.write(card, workdir)
 
-    prompt = mixture.validation_rows(prepared, 1)[0][:SAMPLE_PROMPT].tolist()
-    tokens = generate.continue_text(
-        module, state.params, prompt, SAMPLE_TOKENS, SAMPLE_TEMPERATURE, seed=0
-    )
     decode = prepared.tokenizer.decode
     print(f"\na sample at temperature {SAMPLE_TEMPERATURE}, from the first held-out row")
     print("  prompt:       " + indent(decode(prompt)))
@@ -257,31 +292,8 @@ def indent(text: str) -> str:
     return text.replace("\n", "\n" + " " * 16)
 
 
-def provenance(prepared) -> dict[str, Any]:
-    """What was run: code, packages, machine, text."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    return {
-        "code": f"llama_jax {__version__}, {_git_version()}",
-        "python": platform.python_version(),
-        "packages": ", ".join(f"{name} {metadata.version(name)}" for name in packages),
-        "data": prepared.fingerprint,
-        "tokenizer": prepared.tokenizer.fingerprint,
-    }
-
-
 def command() -> str:
     return shlex.join(["python", "-m", "experiments.train", *sys.argv[1:]])
-
-
-def _git_version() -> str:
-    """The commit of this code, marked when files differ from it; "no git" outside a checkout."""
-    where = os.path.dirname(__file__)
-    call = ["git", "-C", where, "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        found = subprocess.run(call, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return "no git"
-    return found.stdout.strip() or "no git"
 
 
 if __name__ == "__main__":

@@ -83,10 +83,11 @@ def of_bytes(
 
 def available(devices: list[jax.Device]) -> float:
     """GiB that each device has free; simulated devices share the machine's memory."""
-    stats = devices[0].memory_stats()
+    here = [device for device in devices if device.process_index == jax.process_index()]
+    stats = here[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return (stats["bytes_limit"] - stats.get("bytes_in_use", 0)) / 2**30
-    return psutil.virtual_memory().available / len(devices) / 2**30
+    return psutil.virtual_memory().available / len(here) / 2**30
 
 
 def check(need: Need, available: float) -> None:

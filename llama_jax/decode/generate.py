@@ -48,4 +48,5 @@ def _continue(module, params, tokens_BT, first, last, temperature, seed):
             chosen_B = jnp.full(rows, drawn)
         return tokens_BT.at[:, i].set(chosen_B)
 
-    return jax.lax.fori_loop(first, last, one, tokens_BT)
+    filled_BT = jax.lax.fori_loop(first, last, one, tokens_BT)
+    return jax.lax.with_sharding_constraint(filled_BT, module.layout.replicated)

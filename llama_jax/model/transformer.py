@@ -5,6 +5,7 @@ The scan makes compile time and program size independent of depth. A group is on
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -130,14 +131,20 @@ def init(module: Transformer, key: jax.Array) -> Any:
 
 def abstract(module: Transformer) -> Any:
     """The shapes of the parameters; no memory."""
-    return jax.eval_shape(lambda: init(module, jax.random.key(0)))
+    return nn.unbox(_described(module))
 
 
 def letters(module: Transformer) -> Any:
     """The letters of each parameter, a tree of strings like "LDNH"."""
-    boxed = jax.eval_shape(lambda: _boxed(module, jax.random.key(0)))
     is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
-    return jax.tree.map(lambda box: "".join(box.names), boxed, is_leaf=is_box)
+    return jax.tree.map(lambda box: "".join(box.names), _described(module), is_leaf=is_box)
+
+
+@functools.lru_cache(
+    maxsize=4
+)  # a tenth of a second to trace, and asked for a dozen times at a start
+def _described(module):
+    return jax.eval_shape(lambda: _boxed(module, jax.random.key(0)))
 
 
 def _boxed(module, key):

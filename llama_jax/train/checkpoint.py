@@ -7,6 +7,8 @@ be read, or whose arrays do not match their checksums, is set aside and the one 
 
 import contextlib
 import dataclasses
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,8 @@ class Checkpoints:
                 report(f"WARNING: checkpoint {step} is unreadable ({failures[step]})")
                 continue
             for bad in failures:
-                (self.folder / str(bad)).rename(self.folder / f"{bad}.unreadable")
+                if jax.process_index() == 0:
+                    (self.folder / str(bad)).rename(self.folder / f"{bad}.unreadable")
                 report(f"WARNING: checkpoint {bad} is set aside; going on from step {step}")
             self._manager.reload()
             return restored
@@ -151,6 +154,9 @@ def checksums(state: Any) -> dict[str, int]:
 
 
 def _first_line(error: Exception) -> str:
-    """Of TensorStore's long lines the end, where the system's reason is."""
+    """TensorStore's lines are long and have the system's reason anywhere: that first, then the end."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if len(line) < 160 else f"... {line[-160:]}"
+    short = line if len(line) < 160 else f"... {line[-160:]}"
+    number = re.search(r"os_error_code='(\d+)'", line)
+    reason = os.strerror(int(number[1])) if number else ""
+    return short if reason in short else f"{reason}: {short}"

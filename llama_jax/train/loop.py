@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from llama_jax import config
 from llama_jax.train.metrics import Console, Row, Writer
@@ -22,18 +23,35 @@ class Anomaly(Exception):
 
 
 class Interrupt:
-    """Notes the name of the first SIGINT or SIGTERM in `signal`; a second one acts at once."""
+    """Notes the name of the first SIGINT or SIGTERM in `signal`; a second one acts at once.
+
+    On several hosts SIGTERM belongs to JAX's preemption service: a signal at any host is noted at all of
+    them at the same step, in `due`.
+    """
 
     def __init__(self):
         self.signal = ""
 
     def __enter__(self):
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        if jax.process_count() > 1:
+            self._before = {signal.SIGINT: signal.signal(signal.SIGINT, self._pass_on)}
+        else:
+            both = (signal.SIGINT, signal.SIGTERM)
+            self._before = {number: signal.signal(number, self._note) for number in both}
         return self
 
     def __exit__(self, *_):
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def due(self, step: int) -> bool:
+        """Whether to stop before this step. To be called at every step, on every host."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.signal = "SIGTERM"
+        return bool(self.signal)
+
+    def _pass_on(self, *_):
+        signal.raise_signal(signal.SIGTERM)
 
     def _note(self, number, _):
         self.signal = signal.Signals(number).name
@@ -146,7 +164,7 @@ def run(
     """
     finished = saved = int(state.step)
     for done in range(finished + 1, run.train.steps + 1):
-        if interrupt.signal:
+        if interrupt.due(done):
             break
         loaded = recorder.next(batches)
         if audit:

@@ -73,8 +73,8 @@ def wandb(workdir: Path, settings: dict[str, Any]) -> Writer:
 class Console:
     """One live line on a terminal, plain lines elsewhere."""
 
-    def __init__(self, first: int, steps: int):
-        self._live = sys.stderr.isatty()
+    def __init__(self, first: int, steps: int, quiet: bool = False):
+        self._live = sys.stderr.isatty() and not quiet
         self._steps = steps
         self._bar = tqdm(
             total=steps, initial=first, unit="step", disable=not self._live, dynamic_ncols=True

@@ -26,7 +26,7 @@ class State:
 
 def abstract(module: Transformer, tx: optax.GradientTransformation) -> State:
     """The shapes of a state; no memory."""
-    return jax.eval_shape(lambda: _make(module, tx, jax.random.key(0)))
+    return jax.eval_shape(lambda params: _make(params, tx), transformer.abstract(module))
 
 
 def shardings(module: Transformer, tx: optax.GradientTransformation, layout: Layout) -> State:
@@ -46,12 +46,14 @@ def shardings(module: Transformer, tx: optax.GradientTransformation, layout: Lay
 
 def init(module: Transformer, tx: optax.GradientTransformation, layout: Layout, seed: int) -> State:
     """A fresh state, made where it will live: no device ever holds an unsharded parameter."""
-    make = jax.jit(lambda key: _make(module, tx, key), out_shardings=shardings(module, tx, layout))
+    make = jax.jit(
+        lambda key: _make(transformer.init(module, key), tx),
+        out_shardings=shardings(module, tx, layout),
+    )
     return make(jax.random.key(seed))
 
 
-def _make(module, tx, key):
-    params = transformer.init(module, key)
+def _make(params, tx):
     return State(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -25,6 +25,9 @@ from llama_jax.model import transformer
 from tests.convert import small
 from tests.convert.small import MODEL
 
+# What Orbax was still reading when it met the damage dies later, each piece with a traceback.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 GATE = "model.layers.1.mlp.gate_proj.weight"
 WQ = "layers.1.attention.wq.weight"
 

@@ -38,6 +38,11 @@ def arguments(tmp_path: Path, *more: str, workdir: str = "run") -> list[str]:
     corpus = tmp_path / "corpus.txt"
     if not corpus.exists():
         text(corpus)
+        (tmp_path / "cache").mkdir()
+        (tmp_path.parent / "xla").mkdir(
+            exist_ok=True
+        )  # what was compiled, for every test beside it
+        (tmp_path / "cache/xla").symlink_to(tmp_path.parent / "xla")
     return [
         *SMALL,
         f"--workdir={tmp_path / workdir}",
@@ -49,8 +54,15 @@ def arguments(tmp_path: Path, *more: str, workdir: str = "run") -> list[str]:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
-    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    keep = {"MIN_COMPILE_TIME_SECS": "0", "MIN_ENTRY_SIZE_BYTES": "-1"}
+    return {
+        **os.environ,
+        **{f"JAX_PERSISTENT_CACHE_{name}": value for name, value in keep.items()},
+        "XLA_FLAGS": flags,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 def command(module: str, *args: str) -> list[str]:

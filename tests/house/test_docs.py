@@ -22,14 +22,14 @@ WEIGHTS, PLANS = (
 
 
 def commands(text: str = README.replace(WEIGHTS, "").replace(PLANS, "")) -> list[list[str]]:
-    """`python -m experiments...` lines of shell blocks, continuations joined."""
+    """`python -m experiments...` lines of shell blocks, continuations joined; what stands twice, once."""
     found = []
     for block in re.findall(r"```sh\n(.*?)```", text, re.S):
         for line in block.replace("\\\n", " ").splitlines():
             if "python -" in line:
                 words = shlex.split(line.split("#")[0].strip().removesuffix("&"))
-                found.append(words[words.index("python") + 1 :])
-    return found
+                found.append(tuple(words[words.index("python") + 1 :]))
+    return list(dict.fromkeys(found))
 
 
 def test_there_are_commands():
@@ -64,7 +64,18 @@ def test_a_command_of_the_readme_runs(words, tmp_path, cache):
     assert "written to" in done.stdout or "wrote" in done.stdout
 
 
-@pytest.mark.parametrize("words", commands(PLANS), ids=" ".join)
+def of(module: str) -> list[tuple[str, ...]]:
+    return [words for words in commands(PLANS) if words[1] == f"experiments.{module}"]
+
+
+@pytest.mark.parametrize("words", of("launch"), ids=" ".join)
+def test_a_launch_of_the_readme_prints_what_it_would_do(words):
+    done = helpers.run("launch", *words[2:])
+    assert done.returncode == 0, done.stderr
+    assert "-m experiments.train --config=configs/" in done.stdout
+
+
+@pytest.mark.parametrize("words", of("plan"), ids=" ".join)
 def test_a_plan_of_the_readme_fits(words):
     """By formula; tests/plan asks the compiler."""
     done = helpers.run("plan", *words[2:], *([] if "--analytic" in words else ["--analytic"]))

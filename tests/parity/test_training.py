@@ -101,7 +101,7 @@ def course(stem):
     return model, settings, [twin.packed(model, seed % 5) for seed in range(STEPS)]
 
 
-@pytest.mark.parametrize("stem", ["65b", "llama32_1b"])
+@pytest.mark.parametrize("stem", [pytest.param("65b", marks=pytest.mark.slow), "llama32_1b"])
 def test_fifty_steps_of_adamw_have_the_losses_of_torch(stem, layout):
     model, settings, batches = course(stem)
     losses, norms = our_curve(model, layout, settings, batches)

@@ -143,6 +143,20 @@ def test_a_full_disk_is_an_error_and_the_one_before_stays(tmp_path, layout, capf
     assert equal(again.latest(target(state(layout))).state, state(layout, 3))
 
 
+def test_the_systems_reason_is_said_though_a_long_message_has_only_its_number(
+    tmp_path, layout, monkeypatch
+):
+    def failing(*_, **__):
+        raise ValueError(f"INTERNAL: writing [os_error_code='28'] {'x' * 300} the end")
+
+    kept = saved(tmp_path, layout, 3)
+    monkeypatch.setattr(kept._manager, "save", failing)
+    with pytest.raises(
+        checkpoint.SaveError, match=r"\(No space left on device: \.\.\. x+ the end\)"
+    ):
+        kept.save(5, state(layout, 5), {})
+
+
 def test_an_unfinished_save_is_not_listed(tmp_path, layout):
     """What a kill in the middle of a save leaves: Orbax's temporary folder."""
     kept = saved(tmp_path, layout, 3)

@@ -1,0 +1,44 @@
+"""What was run: code, packages, machine, text."""
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from typing import Any
+
+from llama_jax import __version__
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def describe(prepared) -> dict[str, Any]:
+    return {
+        "code": f"llama_jax {__version__}, {code()}",
+        "python": platform.python_version(),
+        "packages": ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES),
+        "data": prepared.fingerprint,
+        "tokenizer": prepared.tokenizer.fingerprint,
+    }
+
+
+def code() -> str:
+    """The commit of this code, marked when files differ from it; "no git" outside a checkout.
+
+    Where experiments.launch unpacked the code, LLAMA_JAX_CODE says what it was.
+    """
+    if given := os.environ.get("LLAMA_JAX_CODE"):
+        return given
+    call = [
+        "git",
+        "-C",
+        os.path.dirname(__file__),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+    ]
+    try:
+        found = subprocess.run(call, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "no git"
+    return found.stdout.strip() or "no git"

@@ -1,0 +1,135 @@
+"""A run on two hosts: two processes on this machine, four devices each, that meet over gloo."""
+
+import json
+import signal
+import socket
+import subprocess
+import time
+
+import pytest
+
+from tests.experiments import helpers
+
+STEPS = 12
+MORE = (f"--config.train.steps={STEPS}", "--config.mesh.fsdp=4", "--config.mesh.context=2")
+
+
+def meeting() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def start(args, where, process, processes=2):
+    flags = (f"--coordinator={where}", f"--processes={processes}", f"--process={process}")
+    return subprocess.Popen(
+        helpers.command("train", *args, *flags), cwd=helpers.ROOT, env=helpers.environment(4),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def both(args):
+    where = meeting()
+    return [start(args, where, process) for process in range(2)]
+
+
+def losses(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return {row["step"]: row["loss"] for row in map(json.loads, lines)}
+
+
+def until(workdir, step, processes):
+    """Wait for the row of a step."""
+    limit = time.monotonic() + 240
+    while time.monotonic() < limit and all(process.poll() is None for process in processes):
+        if (workdir / "metrics.jsonl").exists() and step in losses(workdir):
+            return
+        time.sleep(0.05)
+    for process in processes:
+        process.kill()
+    pytest.fail("\n".join(process.communicate()[1] for process in processes))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The losses of one process with one device."""
+    folder = tmp_path_factory.mktemp("alone")
+    done = helpers.run("train", *helpers.arguments(folder, f"--config.train.steps={STEPS}"))
+    assert done.returncode == 0, done.stderr
+    return losses(folder / "run")
+
+
+def test_two_processes_are_killed_and_one_goes_on_with_the_same_losses(tmp_path, alone):
+    args = helpers.arguments(tmp_path, *MORE)
+    processes = both(args)
+    until(tmp_path / "run", 8, processes)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    texts = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [-signal.SIGKILL] * 2
+    assert "step 8/12" in texts[0][0]
+    assert "step" not in texts[1][0], "the second host is silent"
+    done = helpers.run("train", *args, devices=8)
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step 5" in done.stdout
+    assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_signal_at_one_host_stops_both_after_the_same_step_with_a_checkpoint(tmp_path, alone):
+    args = helpers.arguments(tmp_path, *MORE, "--config.train.steps=100000")
+    processes = both(args)
+    until(tmp_path / "run", 3, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    texts = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], texts
+    (last,) = (line for line in texts[0][0].splitlines() if line.startswith("SIGTERM: "))
+    assert f"saved step {max(losses(tmp_path / 'run'))} of 100000" in last
+    first = losses(tmp_path / "run")
+    assert {step: first[step] for step in (1, 2, 3)} == pytest.approx(
+        {step: alone[step] for step in (1, 2, 3)}, rel=1e-5
+    )
+
+
+@pytest.mark.slow
+def test_two_hosts_finish_a_run_and_one_of_them_writes_the_results(tmp_path, alone):
+    processes = both(helpers.arguments(tmp_path, *MORE))
+    texts = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], texts
+    assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-5)
+    assert (tmp_path / "run" / "runcard.md").exists()
+    assert (tmp_path / "run" / "loss.png").exists()
+    assert "a sample at temperature" in texts[0][0]
+
+
+@pytest.mark.slow
+def test_a_workdir_of_each_host_alone_is_refused_by_both(tmp_path):
+    where = meeting()
+    processes = [
+        start(helpers.arguments(tmp_path, *MORE, workdir=f"run{process}"), where, process)
+        for process in range(2)
+    ]
+    for process in processes:
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert "is not the same folder on all 2 hosts" in error
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_one_host_alone_gives_up_with_the_reason(tmp_path, process):
+    where = meeting()
+    lonely = start([*helpers.arguments(tmp_path), "--host_timeout=1"], where, process)
+    _, error = lonely.communicate(timeout=60)
+    assert lonely.returncode == 1
+    (line,) = (line for line in error.splitlines() if line.startswith("error: "))
+    assert f"process {process} waited 1 s, but not all 2 hosts at {where} have started" in line
+    assert not (tmp_path / "run").exists(), "nothing was written"
+
+
+@pytest.mark.parametrize(
+    "flags", [["--coordinator=a:1"], ["--coordinator=a:1", "--processes=2", "--process=2"]]
+)
+def test_half_of_the_flags_is_refused(tmp_path, flags):
+    done = helpers.run("train", *helpers.arguments(tmp_path), *flags)
+    assert done.returncode == 1
+    assert "give all three, --process from 0 to --processes - 1" in done.stderr
