@@ -57,15 +57,15 @@ def best(stem: str, name: str) -> config.Run:
 
 FIXED = (
     lambda: micro("7b", "v4_32", 4, "full"),
-    lambda: micro("7b", "v4_32", 4, "attention"),
+    lambda: micro("7b", "v4_32", 3, "linear"),
     lambda: micro("7b", "v5p_32", 4, "full"),
+    lambda: micro("65b", "v4_512", 4, "full", chunks=4, tensor=4),
+    lambda: micro("llama31_8b", "v6e_256", 2, "full", 8192, 8, data=4, fsdp=64),
+    lambda: micro("llama31_8b", "v6e_256", 1, "linear", 8192, 8, data=4, fsdp=64),
+    lambda: micro("llama2_70b", "v5p_1024", 1, "linear", 4096, data=4, fsdp=128),
+    lambda: micro("llama31_405b", "v5p_1024", 4, "full", 8192, 8, tensor=4),
     lambda: micro("7b", "v5e_256", 4, "full", data=4, fsdp=64),
     lambda: micro("7b", "v5e_256", 4, "attention", data=4, fsdp=64),
-    lambda: micro("65b", "v4_512", 4, "full", chunks=4, tensor=4),
-    lambda: micro("llama2_70b", "v5p_1024", 4, "full", 4096, 4, tensor=4),
-    lambda: micro("llama31_405b", "v5p_1024", 4, "full", 8192, 8, tensor=4),
-    lambda: micro("llama3_8b", "v6e_256", 2, "full", 8192, 8, data=4, fsdp=64),
-    lambda: micro("llama3_8b", "v6e_256", 1, "attention", 8192, 8, data=4, fsdp=64),
 )
 SMALL = [
     (stem, name)

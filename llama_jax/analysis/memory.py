@@ -118,8 +118,8 @@ def _stored_a_layer(model: config.Model) -> int:
         "full": model.dim,
         "offload": model.dim,
         "attention": model.dim + 2 * attention + keys,
-        "linear": 3 * model.dim + 2 * attention + keys + 2 * model.ffn_dim,
-        "dots": 3 * model.dim + attention + keys + 2 * model.ffn_dim,
+        "linear": 2 * model.dim + 2 * attention + keys + 2 * model.ffn_dim,
+        "dots": 2 * model.dim + attention + keys + 2 * model.ffn_dim,
     }.get(model.remat, 5 * model.dim + 2 * attention + keys + 4 * model.ffn_dim)
 
 

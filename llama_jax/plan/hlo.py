@@ -2,12 +2,13 @@
 
 The compiler gives every operation that it schedules on the cores an estimate of cycles. A loop's body
 stands once in the text; its operations count as often as the loop turns. Collectives and Pallas kernels
-carry no estimate.
+carry no estimate, nor does what runs beside on v5p's and v6e's sparse cores.
 """
 
 import collections
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 COLLECTIVES = (
@@ -42,6 +43,11 @@ class Op(NamedTuple):
         found = re.search(r'op_name="([^"]*)"', self.text)
         return found.group(1) if found else ""
 
+    @property
+    def beside(self) -> bool:
+        """Whether it runs on the sparse cores, beside what is scheduled."""
+        return 'async_execution_thread="sparsecore"' in self.text
+
 
 class Collective(NamedTuple):
     """A collective, with what one device holds of its result (of its operand for a reduce-scatter)."""
@@ -68,7 +74,11 @@ class Program(NamedTuple):
             for op in self.computations[name]:
                 if op.kind == "while":
                     body, turns = op.called["body"], self.turns(name, op)
-                elif op.kind in ("call", "async-start", "conditional") and op.called:
+                elif (
+                    op.kind in ("call", "async-start", "conditional")
+                    and op.called
+                    and not op.beside
+                ):
                     body, turns = next(iter(op.called.values())), 1
                 else:
                     continue
@@ -170,17 +180,25 @@ def collectives(program: Program) -> list[Collective]:
         awaited = {
             o: clock[i] for i, op in enumerate(ops) if "-done" in op.name for o in op.operands
         }
+        updates = {o: op.name for op in ops if op.kind == "async-update" for o in op.operands}
         for op in ops:
             inner, kind = _collective(program, op)
             if inner is None:
                 continue
             started = op.kind.endswith("-start") or op.name.startswith("async-collective-start")
+            begun = updates.get(
+                op.name, op.name
+            )  # a sparse core gets its data after it was started
             fused = ends.get(op.name.replace("-start", "-done"), ends[op.name])
-            covered = awaited.get(op.name, fused) - ends[op.name] if started else 0.0
+            covered = awaited.get(begun, fused) - ends[begun] if started else 0.0
             sizes = [_bytes(match) for match in _SHAPE.findall(inner.shape)]
             # An asynchronous all-gather has operand and result in its tuple.
             whole = max(sizes) if inner.kind.endswith("-start") else sum(sizes)
             parts = _parts(inner.text)
+            if inner.kind.startswith(
+                "reduce-scatter"
+            ):  # else an all-reduce of which a part is kept
+                whole *= parts
             found.append(
                 Collective(kind, whole, times, parts, started, covered, times > 1, op.source)
             )
@@ -200,10 +218,12 @@ def _clock(program: Program, name: str) -> list[float]:
 
 
 def _collective(program: Program, op: Op) -> tuple[Op | None, str]:
-    """The collective that an operation is or, on v5e and v6e, that a fusion of it carries."""
+    """The collective that an operation is or that, on v5e and later, it carries."""
     kind = next((k for k in COLLECTIVES if op.kind in (k, k + "-start")), "")
     if kind:
         return op, kind
+    if op.beside:
+        return next(_within(program, op), (None, ""))
     inside = op.called.get("calls", "") if op.kind == "fusion" else ""
     scattered = inside.startswith("all-reduce-scatter")
     if not scattered and not op.name.startswith("async-collective-start"):
@@ -213,6 +233,15 @@ def _collective(program: Program, op: Op) -> tuple[Op | None, str]:
         if kind:
             return inner, "reduce-scatter" if scattered else kind
     return None, ""
+
+
+def _within(program: Program, op: Op) -> Iterator[tuple[Op, str]]:
+    """The collectives of what an operation calls, at any depth."""
+    for called in op.called.values():
+        for one in program.computations[called]:
+            if one.kind in COLLECTIVES:
+                yield one, one.kind
+            yield from _within(program, one)
 
 
 def _op(name: str, rest: str, text: str) -> Op:

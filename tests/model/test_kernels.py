@@ -64,6 +64,35 @@ def test_splash_has_the_numbers_of_the_reference(devices, segments, layout, monk
         np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
 
 
+# bfloat16 has 8 bits: a result is off by half of 2^-8 of itself; sums of products of rounded weights, and what
+# is summed again for a gradient, by a few of those.
+BFLOAT16 = {"forward": 2**-7, "gradient": 2**-6}
+
+
+@pytest.mark.parametrize("kernel", ["reference", "blockwise", "splash"])
+def test_bfloat16_is_near_float32(kernel, layout, monkeypatch):
+    length, width = 256, 128
+    rng = np.random.default_rng(0)
+    q, k, v, weight = (rng.normal(size=(2, n, length, width)) for n in (4, 2, 2, 4))
+    q = q / np.sqrt(width) * 4  # logits of a spread of 4: attention that has something to attend to
+    interpreted = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", interpreted)
+
+    def of(name, dtype):
+        arrays = [jnp.asarray(x, dtype) for x in (q, k, v)]
+        attend = lambda *qkv: kernels.KERNELS[name](*qkv, None, layout)
+        objective = lambda *qkv: jnp.sum(attend(*qkv).astype(jnp.float32) * weight)
+        out, gradient = jax.jit(attend)(*arrays), jax.jit(jax.grad(objective, (0, 1, 2)))(*arrays)
+        return [np.asarray(x, np.float64) for x in (out, *gradient)]
+
+    exact = of("reference", jnp.float32)
+    rounded = of(kernel, jnp.bfloat16)
+    for i, (ours, expected) in enumerate(zip(rounded, exact, strict=True)):
+        bound = BFLOAT16["gradient" if i else "forward"] * np.abs(expected).max()
+        assert np.abs(ours - expected).max() < bound
+        assert np.abs(ours - expected).max() > 0, "it is bfloat16"
+
+
 def test_splash_refuses_a_length_that_its_blocks_do_not_divide(layout):
     with pytest.raises(ValueError, match=r"data.seq_len=200 to be a multiple of 128; nearest: 256"):
         kernels.splash(*inputs(200), None, layout)

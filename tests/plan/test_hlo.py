@@ -19,6 +19,17 @@ TEXT = """HloModule jit_step, is_scheduled=true
   ROOT %%dynamic-slice.1 = bf16[4,8]{1,0} dynamic-slice(%%all-reduce.9)
 }
 
+%%beside (r0: bf16[4,16]) -> bf16[12,16] {
+  %%r0 = bf16[4,16]{1,0} parameter(0)
+  %%copy.9 = bf16[4,16]{1,0} copy(%%r0), CYCLES9
+  ROOT %%all-gather.3 = bf16[12,16]{1,0} all-gather(%%copy.9), replica_groups=mesh['a'=3] {'a'}, dimensions={0}
+}
+
+%%async_computation (s0: bf16[4,16]) -> bf16[12,16] {
+  %%s0 = bf16[4,16]{1,0} parameter(0)
+  ROOT %%custom-call.1 = bf16[12,16]{1,0} custom-call(%%s0), custom_call_target="beside", called_computations={%%beside}
+}
+
 %%condition (c: (s32[], bf16[8,16])) -> pred[] {
   %%constant.7 = s32[]{:T(128)} constant(32)
   %%c = (s32[], bf16[8,16]) parameter(0)
@@ -46,13 +57,19 @@ ENTRY %%main (x: bf16[8,16]) -> bf16[8,16] {
   %%tuple.2 = (s32[], bf16[8,16]) tuple(%%constant.9, %%x)
   %%while.1 = (s32[], bf16[8,16]) while(%%tuple.2), condition=%%condition, body=%%body
   %%multiply.1 = bf16[8,16]{1,0} multiply(%%x, %%x), CYCLES5
+  %%all-gather.3.call-start = ((), (), s32[9]{0}) async-start(), async_execution_thread="sparsecore", calls=%%async_computation
+  %%multiply.2 = bf16[8,16]{1,0} multiply(%%x, %%x), CYCLES11
+  %%all-gather.3.call-update = ((bf16[4,16]{1,0}), bf16[12,16]{1,0}, s32[9]{0}) async-update(%%all-gather.3.call-start, %%x)
+  %%multiply.3 = bf16[8,16]{1,0} multiply(%%x, %%x), CYCLES13
+  %%all-gather.3.call-done = bf16[12,16]{1,0} async-done(%%all-gather.3.call-update)
   %%splash_mha_fwd.1 = (f32[8,128], bf16[8,16]) custom-call(%%x), custom_call_target="tpu_custom_call"
   %%all-reduce.2 = f32[2,3]{1,0} all-reduce(%%x), replica_groups=mesh['a'=2,'b'=4] {'a','b'}, to_apply=%%add
+  %%reduce-scatter.1 = f32[1,2]{1,0} reduce-scatter(%%x), replica_groups={{0,1},{2,3}}, dimensions={0}, to_apply=%%add
   ROOT %%get-tuple-element.4 = bf16[8,16] get-tuple-element(%%while.1), index=1
 }
 """
 TEXT = TEXT.replace("%%", "%")
-for number in (100, 7, 5):
+for number in (100, 11, 13, 9, 7, 5):
     TEXT = TEXT.replace(f"CYCLES{number}", CYCLES % number)
 TURNS = (32 - 4) // 2  # from 4 to 32 in steps of 2
 
@@ -64,15 +81,24 @@ def program():
 
 def test_a_loop_counts_as_often_as_it_turns(program):
     assert program.times() == {"main": 1, "body": TURNS}
-    assert hlo.cycles(program) == {"matmul": 100 * TURNS, "elementwise": 5, "copy": 7 * TURNS}
+    assert hlo.cycles(program) == {
+        "matmul": 100 * TURNS,
+        "elementwise": 5 + 11 + 13,
+        "copy": 7 * TURNS,
+    }
 
 
 def test_collectives_have_bytes_parts_and_cover(program):
-    gather, scatter, reduce = sorted(hlo.collectives(program), key=lambda c: -c.bytes)
+    gather, beside, scatter, reduce, small = sorted(
+        hlo.collectives(program), key=lambda c: -c.bytes
+    )
     assert gather == hlo.Collective(
         "all-gather", 16 * 16 * 2, TURNS, 4, True, 100.0, True, "jit(step)/ffn"
     )
+    # On a sparse core: from the moment that it has its data; what it does there is in no cycles.
+    assert beside == hlo.Collective("all-gather", 12 * 16 * 2, 1, 3, True, 13.0, False, "")
     assert scatter == hlo.Collective("reduce-scatter", 16 * 8 * 2, TURNS, 4, False, 0.0, True, "")
+    assert small == hlo.Collective("reduce-scatter", 2 * 1 * 2 * 4, 1, 2, False, 0.0, False, "")
     assert reduce == hlo.Collective("all-reduce", 2 * 3 * 4, 1, 8, False, 0.0, False, "")
 
 
