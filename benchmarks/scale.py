@@ -1,8 +1,8 @@
 """`make compile-all`: compile published networks for the slices of the table, write docs/scale.md.
 
 Each row is one micro-step, as in the comparisons with MaxText; minutes a row. What is compiled is kept in
-benchmarks/scale.json by its settings: started again, only new rows are compiled. --only=TEXT takes the rows
-whose page or slice contains it.
+benchmarks/scale.json by its settings, the flags and the compiler's version: started again, only new rows are
+compiled; when the step's code changes, remove that file. --only=TEXT takes rows by page or slice.
 """
 
 import dataclasses
@@ -56,16 +56,18 @@ def best(stem: str, name: str) -> config.Run:
 
 
 FIXED = (
-    lambda: micro("7b", "v4_32", 4, "full"),
+    *(lambda remat=remat: micro("7b", "v4_32", 1, remat) for remat in ("none", "dots", "offload")),
     lambda: micro("7b", "v4_32", 3, "linear"),
+    lambda: micro("7b", "v4_32", 4, "attention"),
+    lambda: micro("7b", "v4_32", 4, "full"),
     lambda: micro("7b", "v5p_32", 4, "full"),
-    lambda: micro("65b", "v4_512", 4, "full", chunks=4, tensor=4),
-    lambda: micro("llama31_8b", "v6e_256", 2, "full", 8192, 8, data=4, fsdp=64),
-    lambda: micro("llama31_8b", "v6e_256", 1, "linear", 8192, 8, data=4, fsdp=64),
-    lambda: micro("llama2_70b", "v5p_1024", 1, "linear", 4096, data=4, fsdp=128),
-    lambda: micro("llama31_405b", "v5p_1024", 4, "full", 8192, 8, tensor=4),
     lambda: micro("7b", "v5e_256", 4, "full", data=4, fsdp=64),
     lambda: micro("7b", "v5e_256", 4, "attention", data=4, fsdp=64),
+    lambda: micro("65b", "v4_512", 4, "full", chunks=4, tensor=4),
+    lambda: micro("65b", "v4_512", 2, "full", data=2, fsdp=128),
+    lambda: micro("llama2_70b", "v5p_1024", 1, "linear", 4096, data=4, fsdp=128),
+    lambda: micro("llama31_405b", "v5p_1024", 4, "full", 8192, 8, tensor=4),
+    lambda: micro("llama31_8b", "v6e_256", 2, "full", 8192, 8, data=4, fsdp=64),
 )
 SMALL = [
     (stem, name)
@@ -73,15 +75,12 @@ SMALL = [
     for name in ("v4_8", "v5e_8", "v6e_8")
 ]
 PUBLISHED = (
-    *(("7b", "v3_32"), ("13b", "v4_64"), ("33b", "v4_128"), ("llama2_7b", "v4_32")),
-    *(("llama2_13b", "v5p_32"), ("llama3_8b", "v5p_32"), ("llama3_70b", "v5p_512")),
-    *(("llama31_8b", "v5p_128"), ("llama31_70b", "v5p_1024"), ("llama32_1b", "v4_8")),
-    *(
-        ("llama32_3b", "v5e_64"),
-        ("research_1b", "v2_8"),
-        ("llama32_1b", "v3_8"),
-        ("7b", "v5e_256x2"),
-    ),
+    *(("7b", "v4_32"), ("13b", "v4_64"), ("33b", "v4_128"), ("65b", "v4_512")),
+    *(("llama2_7b", "v4_32"), ("llama2_13b", "v5p_32"), ("llama2_70b", "v5p_1024")),
+    *(("llama3_8b", "v5p_32"), ("llama3_70b", "v5p_512"), ("llama31_8b", "v5p_128")),
+    *(("llama31_70b", "v5p_1024"), ("llama31_405b", "v5p_1024")),
+    *(("llama32_1b", "v4_8"), ("llama32_3b", "v5e_64")),
+    *(("research_1b", "v2_8"), ("llama32_1b", "v3_8"), ("7b", "v3_32"), ("7b", "v5e_256x2")),
 )
 
 
@@ -107,18 +106,22 @@ def main() -> None:
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     todo = [run for run in runs() if only.lower() in f"{title(run)} {run.mesh.hardware}".lower()]
     for run in tqdm.tqdm(todo, desc="compiling"):
-        key = hashlib.sha256(json.dumps(config.to_dict(run)).encode()).hexdigest()[:16]
-        if key not in kept:
+        if (key := key_of(run)) not in kept:
             plan = figures.plan(run, run.mesh.hardware, compile=True)
             kept[key] = {"run": config.to_dict(run), "plan": dataclasses.asdict(plan)}
             RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
         write(kept)
 
 
+def key_of(run: config.Run) -> str:
+    """What decides the compiler's answer, but for this project's code."""
+    options = hardware.compiler_options(hardware.SLICES[run.mesh.hardware].device)
+    asked = [config.to_dict(run), options, metadata.version("jax"), _libtpu()]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+
 def write(kept: dict) -> None:
-    wanted = [
-        hashlib.sha256(json.dumps(config.to_dict(r)).encode()).hexdigest()[:16] for r in runs()
-    ]
+    wanted = [key_of(run) for run in runs()]
     rows = [
         (config.from_dict(kept[key]["run"]), figures.Plan(**kept[key]["plan"]))
         for key in wanted

@@ -198,7 +198,7 @@ def _gather(w, layout, letters):
 
 
 def _gather_forward(w, layout, letters):
-    return _gather(w, layout, letters), None
+    return layout._constrain(w, GATHERED, letters), None  # remat "none" knows it by the constraint
 
 
 def _gather_backward(layout, letters, _, slope):

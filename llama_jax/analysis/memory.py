@@ -120,7 +120,22 @@ def _stored_a_layer(model: config.Model) -> int:
         "attention": model.dim + 2 * attention + keys,
         "linear": 2 * model.dim + 2 * attention + keys + 2 * model.ffn_dim,
         "dots": 2 * model.dim + attention + keys + 2 * model.ffn_dim,
-    }.get(model.remat, 5 * model.dim + 2 * attention + keys + 4 * model.ffn_dim)
+        # Of the four wide arrays XLA computes one again.
+        "none": 5 * model.dim + 2 * attention + keys + 3 * model.ffn_dim,
+    }[model.remat]
+
+
+def offloaded(run: config.Run) -> float:
+    """Bytes that each device sends to its host in a step, and reads back, under remat 'offload'."""
+    model = run.model
+    if model.remat != "offload":
+        return 0.0
+    mesh = run.mesh
+    parts = mesh.slices * mesh.data * mesh.fsdp * mesh.context * mesh.tensor
+    attention, keys = model.heads * model.head_dim, 2 * model.kv_heads * model.head_dim
+    width = 2 if model.compute_dtype == "bfloat16" else 4
+    numbers = 2 * attention + keys + 2 * model.ffn_dim
+    return run.tokens_per_step / parts * model.layers * numbers * width
 
 
 def _work(model: config.Model, tokens: float, width: int, tensor: int, work: Work | None) -> float:

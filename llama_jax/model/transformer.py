@@ -28,9 +28,16 @@ def _save(*names: str):
     return jax.checkpoint_policies.save_only_these_names("rms", *names)
 
 
+def _all_but_gathered(primitive, *_, **params) -> bool:
+    """Gathered weights are gathered again: kept, they would undo FSDP.
+
+    They are results of a constraint, with a name after it; of other constraints what goes in is kept.
+    """
+    return primitive.name != "sharding_constraint" and params.get("name") != "gathered"
+
+
 REMAT = {
-    # Gathered weights are gathered again: kept, they would undo FSDP.
-    "none": jax.checkpoint_policies.save_anything_except_these_names("gathered"),
+    "none": _all_but_gathered,
     "full": _save(),
     "dots": _save("linear"),
     # "we save the outputs of linear layers" (arXiv:2302.13971 section 2.4), queries and keys as attention

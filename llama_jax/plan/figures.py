@@ -70,7 +70,7 @@ def plan(run: config.Run, name: str, compile: bool) -> Plan:
 
 def _times(run, slice_, model: float, compiled: aot.Compiled) -> dict[str, Any]:
     device = hardware.DEVICES[slice_.device]
-    took = roofline.seconds(compiled, slice_)
+    took = roofline.seconds(compiled, slice_, memory.offloaded(run))
     mfu = lambda seconds: model / seconds / (device.bf16_tflops * 1e12)  # noqa: E731
     hours = took.high * run.train.steps / 3600
     energy = carbon.kwh(hours * slice_.devices, device.watts) if device.watts else None

@@ -21,11 +21,11 @@ from llama_jax.train import program as programs
 SMALLEST_SHARD = 64
 SPARE = 0.92  # of the memory: the formula is within 10% of the compiler
 LOGITS_GIB = 1.0  # of one chunk of the loss, at most
-# FLOPs a second over the peak rate, all that is not a product included; from compiled steps (docs/scale.md).
-PRODUCT_RATE = {"TPU v4": 0.73, "TPU v5": 0.78, "TPU v5 lite": 0.72, "TPU v6 lite": 0.57}
+# From compiled steps (docs/scale.md), kernels and all that is not a product included: FLOPs a second over the
+# peak rate, and by remat policy the time over that of the model's FLOPs at this rate.
+PRODUCT_RATE = {"TPU v4": 0.70, "TPU v5": 0.76, "TPU v5 lite": 0.79, "TPU v6 lite": 0.61}
 USUAL_RATE = 0.5  # of others
-# Executed over model FLOPs, without kernels.
-REMAT = {"none": 1.0, "dots": 1.05, "linear": 1.02, "attention": 1.2, "full": 1.3}
+REMAT = {"none": 1.18, "linear": 1.18, "dots": 1.2, "offload": 1.2, "attention": 1.27, "full": 1.3}
 
 
 class Fit(NamedTuple):
@@ -119,8 +119,9 @@ def _seconds(run: config.Run, flops_per_token: float, slice_: hardware.Slice) ->
     model, mesh = run.model, run.mesh
     work = flops_per_token * run.tokens_per_step / slice_.devices
     products = work * REMAT[model.remat] / (rate * device.bf16_tflops * 1e12)
+    kept_by_host = roofline.host(memory.offloaded(run))
     if not slice_.topology:
-        return products
+        return max(products, kept_by_host)
     layer = (
         2
         * model.dim
@@ -129,12 +130,17 @@ def _seconds(run: config.Run, flops_per_token: float, slice_: hardware.Slice) ->
     )  # bytes of one layer's parameters in bfloat16
     gather = dict(kind="all-gather", bytes=layer, parts=mesh.fsdp * mesh.context)
     weights = 3 * model.layers * roofline.collective(gather, slice_) * (mesh.fsdp > 1)
-    rows = mesh.slices * mesh.data * mesh.fsdp * mesh.context
-    x = 2 * run.tokens_per_step / run.train.microbatches / rows * model.dim
-    between = dict(kind="all-gather", bytes=x, parts=mesh.tensor)
-    activations = 10 * model.layers * roofline.collective(between, slice_) * (mesh.tensor > 1)
+    rows = mesh.slices * mesh.data * mesh.fsdp
+    row = 2 * run.tokens_per_step / run.train.microbatches / rows / mesh.context
+    between = dict(kind="all-gather", bytes=row * model.dim, parts=mesh.tensor)
+    activations = 10 * roofline.collective(between, slice_) * (mesh.tensor > 1)
+    # Heads for positions and back: queries, keys, values and what comes out, and their gradients.
+    heads = row * model.head_dim * 2 * (model.heads + model.kv_heads) / mesh.tensor
+    exchange = dict(kind="all-to-all", bytes=heads, parts=mesh.context)
+    activations += 3 * roofline.collective(exchange, slice_) * (mesh.context > 1)
     # Gathers of weights hide behind products; those of activations stand between them.
-    return max(products, run.train.microbatches * weights) + run.train.microbatches * activations
+    between_layers = run.train.microbatches * model.layers * activations
+    return max(products, run.train.microbatches * weights, kept_by_host) + between_layers
 
 
 @functools.cache

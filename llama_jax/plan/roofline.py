@@ -1,8 +1,8 @@
 """How long a compiled step takes, as a bracket: nothing here has run.
 
 The fast end counts the compiler's cycles alone. The slow end adds what has no cycles: Pallas kernels at half
-the peak rate, and collectives for as long as no scheduled work covers them. Published Llama-2-70B on v5p-128
-(65.4% MFU) lies between 68% and 60% so computed.
+the peak rate, collectives for as long as no scheduled work covers them, and what is sent to the host and
+back. Published Llama-2-70B on v5p-128 (65.4% MFU) lies between 68% and 60% so computed.
 """
 
 import itertools
@@ -14,6 +14,7 @@ from llama_jax.analysis import hardware
 from llama_jax.plan.aot import Compiled
 
 KERNEL_RATE = 0.5  # of the peak
+HOST_GB_S = 16.0  # a chip's share of the PCIe bus of its host, one way: assumed
 
 
 class Seconds(NamedTuple):
@@ -22,6 +23,7 @@ class Seconds(NamedTuple):
     compute: float
     kernels: float
     exposed: float  # collectives that nothing covers
+    host: float  # activations that are kept there, there and back
 
     @property
     def low(self) -> float:
@@ -32,14 +34,21 @@ class Seconds(NamedTuple):
         return sum(self)
 
 
-def seconds(compiled: Compiled, slice_: hardware.Slice) -> Seconds:
+def seconds(compiled: Compiled, slice_: hardware.Slice, offloaded: float = 0.0) -> Seconds:
+    """`offloaded` are the bytes that a device sends to its host in a step."""
     device = hardware.DEVICES[slice_.device]
     clock = device.ghz * 1e9
     return Seconds(
         sum(compiled.cycles.values()) / clock,
         compiled.kernel_flops / (KERNEL_RATE * device.bf16_tflops * 1e12),
         sum(one["times"] * exposed(one, slice_, clock) for one in compiled.collectives),
+        host(offloaded),
     )
+
+
+def host(offloaded: float) -> float:
+    """Seconds in which so many bytes are sent to the host and read back."""
+    return 2 * offloaded / (HOST_GB_S * 1e9)
 
 
 def exposed(one: Mapping[str, Any], slice_: hardware.Slice, clock: float) -> float:

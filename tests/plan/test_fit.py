@@ -4,8 +4,8 @@ import importlib
 import pytest
 
 from llama_jax import config, sharding
-from llama_jax.analysis import hardware
-from llama_jax.plan import fit
+from llama_jax.analysis import hardware, memory
+from llama_jax.plan import fit, roofline
 from llama_jax.train import program
 
 
@@ -37,3 +37,23 @@ def test_more_memory_is_spent_on_less_recomputation():
     small = dataclasses.replace(page("research_1b"), data=config.Data(seq_len=2048))
     assert fit.fits(small, "v5p_32")[0].run.model.remat == "none"
     assert fit.fits(page("llama2_70b"), "v5p_64")[0].run.model.remat != "none"
+
+
+def test_what_the_host_keeps_costs_its_way_there_and_back():
+    """7B, batches of 2048 rows on 16 chips: q, k, v, what attention made of them, gate and up of 32 layers."""
+    found = [one for one in fit.fits(page("7b"), "v4_32") if one.run.model.remat == "offload"]
+    tokens = 2048 * 2048 / 16
+    sent = tokens * 32 * (4 * 4096 + 2 * 11008) * 2
+    for one in found:
+        assert memory.offloaded(one.run) == sent
+        assert one.seconds >= 2 * sent / (roofline.HOST_GB_S * 1e9)
+    assert found
+    assert fit.fits(page("7b"), "v4_32")[0].run.model.remat != "offload"
+
+
+def test_context_is_not_free():
+    """The same run with positions over four chips exchanges heads in every layer."""
+    run = dataclasses.replace(page("llama31_8b"), mesh=config.Mesh(fsdp=64, hardware="v5p_128"))
+    wide = dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, fsdp=16, context=4))
+    slice_ = hardware.SLICES["v5p_128"]
+    assert fit._seconds(wide, 1e9, slice_) > fit._seconds(run, 1e9, slice_)

@@ -50,3 +50,9 @@ def test_work_that_is_scheduled_beside_a_collective_covers_it():
     assert roofline.seconds(compiled([half]), V4_32).exposed == pytest.approx(0.3125)
     whole = gather(started=True, covered=9e9)
     assert roofline.seconds(compiled([whole]), V4_32).exposed == 0
+
+
+def test_the_slow_end_waits_for_the_host():
+    took = roofline.seconds(compiled([]), V4_32, offloaded=8e9)
+    assert took.host == pytest.approx(1)  # 8 GB there and back at 16 GB/s
+    assert took.high == pytest.approx(2 + 2 + 1)
