@@ -16,10 +16,11 @@ IMAGES = {
     "TPU v6 lite": "v2-alpha-tpuv6e",
 }
 # What the API answers when a slice is no longer ours, or never came.
-GONE = frozenset({"PREEMPTED", "TERMINATED", "STOPPED", "SUSPENDED", "SUSPENDING", "FAILED"})
+GONE = frozenset({"PREEMPTED", "TERMINATED", "STOPPED", "SUSPENDED", "SUSPENDING"})
 READY = frozenset({"READY", "ACTIVE"})
 
-CODE, SECRETS, LOG, DONE = "llama_jax", ".llama_jax_env", "train.log", "train.done"
+CODE, SECRETS = "llama_jax", ".llama_jax_env"
+LOG, PROCESS, DONE = "train.log", "train.pid", "train.done"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +66,8 @@ class Rental:
 
     def delete(self) -> list[str]:
         if self.direct:
-            return self._call("tpu-vm", "delete", "--quiet")
-        return self._call("queued-resources", "delete", "--force", "--quiet")
+            return self._call("tpu-vm", "delete")
+        return self._call("queued-resources", "delete", "--force")
 
     def copy(self, file: str, to: str) -> list[list[str]]:
         """A file of this machine to the home of every host."""
@@ -90,30 +91,34 @@ class Rental:
         where = node or self.name
         names = [before, f"{where}:{to}"] if before else [where]
         common = [f"--zone={self.zone}", *([f"--project={self.project}"] if self.project else [])]
-        return ["gcloud", "compute", "tpus", kind, verb, *names, *common, *flags]
+        return ["gcloud", "compute", "tpus", kind, verb, *names, *common, "--quiet", *flags]
 
 
 def pack(archive: str) -> str:
     """The working tree as it is, without what git ignores, into one file; a shell pipeline."""
     files = "git ls-files -z --cached --others --exclude-standard"
-    return f"{files} | tar --null -czf {shlex.quote(archive)} -T -"
+    return f"{files} | tar --null --ignore-failed-read -czf {shlex.quote(archive)} -T -"
 
 
-def set_up(bucket: str = "") -> str:
+def set_up(bucket: str = "", packages: tuple[str, ...] = ()) -> str:
     """On each host: unpack, a Python of its own, the pinned packages with libtpu, the bucket mounted."""
     steps = [
-        f"rm -rf {CODE} && mkdir {CODE} && tar xzf {CODE}.tgz -C {CODE}",
+        f"mkdir -p {CODE} && tar xzf {CODE}.tgz -C {CODE}",
         "python3 -m pip install --quiet --user uv",
         f"cd {CODE}",
-        "~/.local/bin/uv venv --quiet --python 3.12 .venv",
-        "~/.local/bin/uv pip install --quiet -r requirements.txt -e '.[tpu]'",
+        "~/.local/bin/uv venv --quiet --clear --python 3.12 .venv",
+        shlex.join(
+            ["uv", "pip", "install", "--quiet", "-r", "requirements.txt", "-e", ".[tpu]", *packages]
+        ),
     ]
+    steps[-1] = f"~/.local/bin/{steps[-1]}"
     if bucket:
         steps += [
             "{ command -v gcsfuse > /dev/null || { echo 'gcsfuse is not on this host: install it, or leave"
             " --bucket out' >&2; exit 1; }; }",
-            f"mkdir -p ~/bucket && {{ mountpoint -q ~/bucket || gcsfuse --implicit-dirs {shlex.quote(bucket)}"
-            " ~/bucket; }",
+            # A checkpoint is finished by renaming its folder, which gcsfuse allows up to so many files.
+            "mkdir -p ~/bucket && { mountpoint -q ~/bucket || gcsfuse --implicit-dirs"
+            f" --rename-dir-limit=200000 {shlex.quote(bucket)} ~/bucket; }}",
         ]
     return " && ".join(steps)
 
@@ -125,14 +130,30 @@ def start(arguments: list[str], code: str, secrets: bool = False) -> str:
     if secrets:
         inner = f"set -a; . ~/{SECRETS}; set +a; {inner}"
     return (
-        f"cd {CODE} && rm -f ~/{DONE} && LLAMA_JAX_CODE={shlex.quote(code)} "
-        f"nohup sh -c {shlex.quote(inner)} > /dev/null 2>&1 < /dev/null & sleep 1"
+        f"cd {CODE} && rm -f ~/{DONE} && {{ LLAMA_JAX_CODE={shlex.quote(code)} "
+        f"nohup sh -c {shlex.quote(inner)} > /dev/null 2>&1 < /dev/null & echo $! > ~/{PROCESS}; }}"
     )
 
 
-def look(lines: int) -> str:
-    """On the first host: the exit code if there is one, else -; then the end of the log."""
-    return f"cat {DONE} 2> /dev/null || echo -; tail -n {lines} {LOG} 2> /dev/null || true"
+def look(workdir: str, lines: int) -> str:
+    """On the first host: a word on the run, then the end of its log.
+
+    The word: finished (its results are there), running, an exit code, or - if none was started or the
+    machine has started again since.
+    """
+    code = f"code=$(cat {DONE} 2> /dev/null)"
+    results = f"(cd {CODE} && test -e {shell_path(workdir)}/runcard.json)"
+    alive = f"kill -0 $(cat {PROCESS} 2> /dev/null) 2> /dev/null"
+    return (
+        f'{code}; if test "$code" = 0 && {results}; then echo finished; elif test "$code"; then echo $code; '
+        f"elif {alive}; then echo running; else echo -; fi; tail -n {lines} {LOG} 2> /dev/null || true"
+    )
+
+
+def shell_path(path: str) -> str:
+    """Quoted, but for a home at its beginning."""
+    home, rest = ("~/", path[2:]) if path.startswith("~/") else ("", path)
+    return home + shlex.quote(rest)
 
 
 def sbatch(
@@ -163,6 +184,6 @@ def sbatch(
         "set -euo pipefail",
         'cd "$SLURM_SUBMIT_DIR"',
         f"srun {train}",
-        f"test -e {shlex.quote(workdir + '/runcard.json')} || scontrol requeue \"$SLURM_JOB_ID\"",
+        f'test -e {shell_path(workdir)}/runcard.json || scontrol requeue "$SLURM_JOB_ID"',
         "",
     ])  # fmt: skip

@@ -9,6 +9,8 @@ process 0 listens and which one it is:
 import os
 import sys
 import threading
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -27,6 +29,8 @@ PROCESS = flags.DEFINE_integer("process", -1, "Which of --processes this is, fro
 TIMEOUT = flags.DEFINE_integer(
     "host_timeout", 60, "Seconds to wait until every host has started.", lower_bound=1
 )
+
+T = TypeVar("T")
 
 # A process whose peers died waits so long at exit, instead of JAX's 300 s; the first process writes the
 # results of a run within it while the others are done.
@@ -80,6 +84,18 @@ def first() -> bool:
 def agree(here: bool) -> bool:
     """Whether it is so on every host. All must call it."""
     return bool(np.all(multihost_utils.process_allgather(np.asarray(here))))
+
+
+def together(work: Callable[[], T]) -> T:
+    """`work()` on every host; where it fails on one, all of them stop with a reason. All must call it."""
+    result = error = None
+    try:
+        result = work()
+    except (ValueError, OSError) as caught:
+        error = caught
+    if agree(error is None):
+        return result
+    raise error or ValueError("another host could not go on; what it printed says why")
 
 
 def first_says(value: int) -> int:

@@ -8,6 +8,7 @@ watching. A page on a GPU node (`configs/7b.py:h100_8`) gives a SLURM job instea
 """
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -44,6 +45,12 @@ POLL = flags.DEFINE_float("poll", 60.0, "Seconds between two looks at a run.")
 GO = flags.DEFINE_bool("go", False, "Run the commands instead of printing them.")
 
 
+# So often in a row the run may end before it is done, or the cloud not answer, before it is given up.
+PATIENCE = 5
+# Joined slices are started one after another.
+SLICES_TIMEOUT = 600
+
+
 class LaunchError(Exception):
     """A command failed, or the run did."""
 
@@ -76,7 +83,7 @@ def check_fit(run: config.Run, name: str) -> None:
 def on_slurm(slice_: hardware.Slice) -> int:
     if TPU.value or ZONE.value:
         raise ValueError(f"--tpu and --zone have no effect on {slice_.accelerator}: SLURM runs it")
-    name = Path(WORKDIR.value).name
+    name = re.sub(r"[^\w.-]+", "_", Path(WORKDIR.value).absolute().name) or "run"
     script = cloud.sbatch(
         name, slice_.devices, arguments(), WORKDIR.value, time=TIME.value, partition=PARTITION.value,
         account=ACCOUNT.value,
@@ -101,15 +108,19 @@ def on_tpu(slice_: hardware.Slice) -> int:
     if missing:
         raise ValueError(f"--secrets={','.join(missing)}: not set in this environment")
     rental = cloud.Rental(TPU.value, ZONE.value, slice_, PROJECT.value, SPOT.value, DIRECT.value)
+    arguments()  # before anything costs money
     if not GO.value:
         print("\n".join(described(rental)))
         return 0
+    give_back = f"to give the slice back:\n  {spoken(rental.delete())}"
     try:
-        return drive(rental)
+        code = drive(rental)
     except KeyboardInterrupt:
-        say(f"not watching any more; the slice stays rented and the run goes on. To give it back:\n  "
-            f"{shlex.join(rental.delete())}")  # fmt: skip
-        return 130
+        say("not watching any more; the slice stays rented and the run goes on")
+        code = 130
+    finally:
+        say(give_back)
+    return code
 
 
 def described(rental: cloud.Rental) -> list[str]:
@@ -121,122 +132,150 @@ def described(rental: cloud.Rental) -> list[str]:
         ("rent the slice", [rental.create()]),
         ("wait until this prints ACTIVE (READY with --direct)", [rental.state()]),
         ("the code, to every host", code),
-        ("set every host up", rental.run(cloud.set_up(BUCKET.value))),
+        ("set every host up", rental.run(set_up())),
         ("start on every host; one alone gives up after a minute, with the reason",
-         rental.run(training())),
-        ("watch: the exit code or -, then the end of the log", [rental.ask(cloud.look(1))]),
+         rental.run(training(rental))),
+        ("watch: a word on the run, then the end of its log", [rental.ask(cloud.look(WORKDIR.value, 1))]),
         (f"when it is taken away ({lost}): this, then from the start; the run resumes",
          [rental.delete()]),
     ]  # fmt: skip
     lines = ["#!/bin/sh"]
     for number, (what, commands) in enumerate(steps, 1):
-        joined = (one if isinstance(one, str) else shlex.join(one) for one in commands)
+        joined = (one if isinstance(one, str) else spoken(one) for one in commands)
         lines += [f"# {number}. {what}", *joined]
-    return [redacted(line) for line in lines]
+    return lines
 
 
 def drive(rental: cloud.Rental) -> int:
-    """Rent, fill, start, watch; again whenever the slice is taken away. The run's exit code."""
-    while True:
-        if not bring(rental):
-            continue
-        seen = look(rental, 1)
-        if not seen or seen[0] != "-" or not seen[1]:  # nothing was started here, or it has ended
-            fill(rental)
-        code = watch(rental)
-        if code is not None:
-            say(f"the slice is still rented; to give it back:\n  {shlex.join(rental.delete())}")
-            return code
+    """Rent, fill, start, watch; again whenever the slice is taken away. 0 when the run is finished.
+
+    A run that ends by itself with an error is not started again. LaunchError when the cloud refuses.
+    """
+    said, ended = "", 0
+    with tempfile.TemporaryDirectory() as folder:
+        run(["bash", "-o", "pipefail", "-c", cloud.pack(f"{folder}/llama_jax.tgz")])
+        while True:
+            bring(rental)
+            seen = look(rental, 1)
+            if seen and seen[0] == "running":
+                ended = 0 if seen[1] != said else ended
+                if seen[1] != said:
+                    said = seen[1]
+                    print(redacted(said), flush=True)
+            elif seen:
+                if seen[0] != "-":
+                    tail = look(rental, 20) or seen
+                    say(f"the run has ended: {tail[0]}; the end of its log:\n{tail[1]}")
+                    ended += 1
+                    if seen[0] == "finished":
+                        return 0
+                    # 1 and 2 are errors that a new start meets again, unless the slice is being taken.
+                    if ended >= PATIENCE or (seen[0] in ("1", "2") and still_ready(rental)):
+                        return int(seen[0]) or 1
+                fill(rental, folder)
+            time.sleep(POLL.value)
 
 
-def bring(rental: cloud.Rental) -> bool:
-    """Wait for the slice, renting it if need be; False if it was lost and has been given back."""
-    state = state_of(rental)
-    if not state:
-        say(f"renting {rental.name}: {rental.slice_.accelerator} in {rental.zone}")
-        call(rental.create())
+def bring(rental: cloud.Rental) -> None:
+    """Wait until the slice is ours, renting it, or giving a lost one back and renting again."""
     said = ""
     while (state := state_of(rental)) not in cloud.READY:
-        if state in cloud.GONE:
+        if not state:
+            say(f"renting {rental.name}: {rental.slice_.accelerator} in {rental.zone}")
+            run(rental.create())
+        elif state == "FAILED":
+            why = run([word for word in rental.state() if not word.startswith("--format")])
+            raise LaunchError(f"{rental.name} could not be had:\n{why}")
+        elif state in cloud.GONE:
             say(f"{rental.name} is {state}: giving it back, renting again")
-            call(rental.delete())
-            return False
-        if state != said:
-            say(f"{rental.name} is {state or 'not there yet'}; waiting")
-            said = state
+            run(rental.delete())
+        elif state != said:
+            say(f"{rental.name} is {state}; waiting")
+        said = state
         time.sleep(POLL.value)
-    return True
 
 
-def fill(rental: cloud.Rental) -> None:
+def still_ready(rental: cloud.Rental) -> bool:
+    time.sleep(POLL.value)
+    return state_of(rental) in cloud.READY
+
+
+def fill(rental: cloud.Rental, folder: str) -> None:
+    """Code and secrets to every host, set up, start. What fails because the slice is taken is no error."""
     say("copying the code, setting the hosts up, starting the run")
-    with tempfile.TemporaryDirectory() as folder:
-        archive, secrets = f"{folder}/llama_jax.tgz", f"{folder}/secrets"
-        call(["bash", "-o", "pipefail", "-c", cloud.pack(archive)])
-        Path(secrets).touch(mode=0o600)
-        lines = (f"{name}={shlex.quote(os.environ[name])}\n" for name in SECRETS.value)
-        Path(secrets).write_text("".join(lines))
-        for command in copies(rental, archive, secrets):
-            call(command)
-    for command in (*rental.run(cloud.set_up(BUCKET.value)), *rental.run(training())):
-        call(command)
-
-
-def watch(rental: cloud.Rental) -> int | None:
-    """Until the run ends: its exit code; None if the slice is gone before."""
-    said = ""
-    while (state := state_of(rental)) in cloud.READY:
-        seen = look(rental, 1)
-        if seen and seen[0] != "-":
-            tail = look(rental, 20) or seen
-            say(f"the run ended with exit code {seen[0]}; the end of its log:\n{tail[1]}")
-            return int(seen[0])
-        if seen and seen[1] != said:
-            said = seen[1]
-            print(said, flush=True)
-        time.sleep(POLL.value)
-    say(f"{rental.name} is {state or 'gone'}")
-    return None
+    secrets = Path(folder, "secrets")
+    secrets.touch(mode=0o600)
+    secrets.write_text(
+        "".join(f"{name}={shlex.quote(os.environ[name])}\n" for name in SECRETS.value)
+    )
+    steps = [*copies(rental, f"{folder}/llama_jax.tgz", str(secrets)), *rental.run(set_up())]
+    try:
+        for command in (*steps, *rental.run(training(rental))):
+            run(command)
+    except LaunchError as error:
+        if still_ready(rental):
+            raise
+        say(str(error))
 
 
 def look(rental: cloud.Rental, lines: int) -> tuple[str, str] | None:
-    """(exit code or -, end of the log) of the first host; None if it cannot be asked."""
-    done = subprocess.run(
-        rental.ask(cloud.look(lines)), capture_output=True, text=True, check=False
-    )
+    """(word on the run, end of its log) from the first host; None if it cannot be asked just now."""
+    command = rental.ask(cloud.look(WORKDIR.value, lines))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return None
-    code, _, log = done.stdout.partition("\n")
-    return code.strip(), log.strip()
+    word, _, log = done.stdout.partition("\n")
+    return word.strip(), log.strip()
 
 
 def state_of(rental: cloud.Rental) -> str:
-    """A word; "" if there is no such slice."""
-    done = subprocess.run(rental.state(), capture_output=True, text=True, check=False)
-    if done.returncode and "NOT_FOUND" not in done.stderr:
-        raise LaunchError(f"{shlex.join(rental.state())}\n{done.stderr.strip()}")
+    """A word; "" if there is no such slice. LaunchError when the cloud refuses, or stays away."""
+    for left in reversed(range(PATIENCE)):
+        done = subprocess.run(rental.state(), capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return done.stdout.strip()
+        if "NOT_FOUND" in done.stderr:
+            return ""
+        if "PERMISSION_DENIED" in done.stderr or not left:
+            raise LaunchError(f"{spoken(rental.state())}\n{redacted(done.stderr.strip())}")
+        time.sleep(POLL.value)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def run(command: list[str]) -> str:
+    """Its output. LaunchError if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise LaunchError(f"{spoken(command)}\n{redacted(done.stderr.strip())}")
     return done.stdout.strip()
 
 
-def call(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise LaunchError(redacted(f"{shlex.join(command)}\n{done.stderr.strip()}"))
+def set_up() -> str:
+    wandb = cli.frozen(CONFIG).log.wandb == "on"
+    return cloud.set_up(BUCKET.value, ("wandb",) if wandb else ())
 
 
-def training() -> str:
-    return cloud.start(arguments(), provenance.code(), bool(SECRETS.value))
+def training(rental: cloud.Rental) -> str:
+    more = [f"--host_timeout={SLICES_TIMEOUT}"] if rental.slice_.slices > 1 else []
+    return cloud.start([*arguments(), *more], provenance.code(), bool(SECRETS.value))
 
 
 def arguments() -> list[str]:
     """What of this command line is the run's."""
-    theirs = [word for word in sys.argv[1:] if word.startswith("--config")]
+    theirs = [word for word in sys.argv[1:] if re.match("--?(no)?config", word)]
+    if odd := next((word for word in theirs if not re.match(r"--config[\w.]*=", word)), ""):
+        raise ValueError(f"{odd}: write it as --name=value, so that the hosts are told the same")
     return [*theirs, f"--workdir={WORKDIR.value}"]
 
 
 def copies(rental: cloud.Rental, archive: str, secrets: str) -> list[list[str]]:
     found = rental.copy(archive, "llama_jax.tgz")
     return found + (rental.copy(secrets, cloud.SECRETS) if SECRETS.value else [])
+
+
+def spoken(command: list[str]) -> str:
+    """As typed into a shell, without secrets."""
+    return shlex.join(redacted(word) for word in command)
 
 
 def redacted(text: str) -> str:

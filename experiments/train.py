@@ -45,7 +45,9 @@ def main() -> int:
     cli.tune_for_cpu()
     check_hardware(run)
     workdir = Path(WORKDIR.value).expanduser().absolute()
-    claim(workdir, run)
+    hosts.together(lambda: claim(workdir, run))
+    if jax.process_count() > 1:
+        check_shared(workdir)
     jax.config.update("jax_compilation_cache_dir", str(Path(run.data.cache).expanduser() / "xla"))
 
     program = programs.build(run, sharding.make(run.mesh, jax.devices()))
@@ -59,7 +61,9 @@ def main() -> int:
         shutil.copyfile(prepared.tokenizer_config.path, workdir / native.TOKENIZER)
     record = {"provenance": provenance.describe(prepared), "run": config.to_dict(run)}
     with loop.Interrupt() as interrupt:
-        return train(run, workdir, program, prepared, record, interrupt)
+        code = train(run, workdir, program, prepared, record, interrupt)
+    hosts.agree(True)  # the others wait while the first one writes the results
+    return code
 
 
 def train(run, workdir, program, prepared, record, interrupt) -> int:
@@ -157,8 +161,6 @@ def claim(workdir: Path, run: config.Run) -> None:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(config.to_dict(run), indent=2) + "\n")
         temporary.replace(path)
-    if jax.process_count() > 1:
-        check_shared(workdir)
 
 
 def check_shared(workdir: Path) -> None:
@@ -180,12 +182,9 @@ def check_shared(workdir: Path) -> None:
 def prepare_once(run: config.Run) -> prepare.Prepared:
     """The text, prepared by the first host and read by the others, who prepare it again where the cache
     is a folder of their own."""
-    if not hosts.first():
-        hosts.agree(True)
-    prepared = prepare.prepare(run.data, run.model.vocab_size)
-    if hosts.first():
-        hosts.agree(True)
-    return prepared
+    work = lambda: prepare.prepare(run.data, run.model.vocab_size)  # noqa: E731
+    prepared = hosts.together(work if hosts.first() else lambda: None)
+    return hosts.together((lambda: prepared) if hosts.first() else work)
 
 
 def start(run, program, checkpoints, prepared) -> tuple[Any, float]:

@@ -87,7 +87,8 @@ class Checkpoints:
         """The newest readable checkpoint in the shapes and shardings of `target`; None if there is none.
 
         Newer ones that could not be read are renamed to `<step>.unreadable` and reported. RuntimeError
-        when there were checkpoints and none is readable: starting afresh would overwrite them.
+        when there were checkpoints and none is readable: starting afresh would overwrite them; and on several
+        hosts at the first unreadable one.
         """
         failures: dict[int, str] = {}
         for step in reversed(self.steps()):
@@ -95,11 +96,17 @@ class Checkpoints:
                 restored = self._restore(step, target)
             except Exception as error:  # Orbax and TensorStore raise a dozen kinds
                 failures[step] = _first_line(error)
+                if (
+                    jax.process_count() > 1
+                ):  # the other hosts may have read their part: no way back here
+                    raise RuntimeError(
+                        f"checkpoint {step} is unreadable on host {jax.process_index()} ({failures[step]}); "
+                        f"rename {self.folder / str(step)} and start again: the one before is taken"
+                    ) from error
                 report(f"WARNING: checkpoint {step} is unreadable ({failures[step]})")
                 continue
             for bad in failures:
-                if jax.process_index() == 0:
-                    (self.folder / str(bad)).rename(self.folder / f"{bad}.unreadable")
+                (self.folder / str(bad)).rename(self.folder / f"{bad}.unreadable")
                 report(f"WARNING: checkpoint {bad} is set aside; going on from step {step}")
             self._manager.reload()
             return restored

@@ -26,7 +26,7 @@ class Interrupt:
     """Notes the name of the first SIGINT or SIGTERM in `signal`; a second one acts at once.
 
     On several hosts SIGTERM belongs to JAX's preemption service: a signal at any host is noted at all of
-    them at the same step, in `due`.
+    them at the same step, in `due`, and a second one adds nothing.
     """
 
     def __init__(self):

@@ -6,10 +6,12 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
+from experiments import cloud as command_lines
 from tests.experiments import helpers
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -100,43 +102,71 @@ def verbs(calls):
 
 
 NOT_THERE = "!NOT_FOUND: no such resource"
+STARTED = ["scp", "ssh", "ssh"]
 
 
 def test_a_slice_that_is_taken_away_is_rented_again_and_the_run_started_again(cloud):
-    state = [
-        NOT_THERE,
-        "WAITING_FOR_RESOURCES",
-        "ACTIVE",
-        "ACTIVE",
-        "SUSPENDED",
-    ]  # rented, watched, taken
-    state += ["SUSPENDED", "SUSPENDED"]  # found so, given back
-    state += [NOT_THERE, "ACTIVE", "ACTIVE", "ACTIVE"]  # rented again, watched to the end
-    log = ["-", "-\nstep 5/10", "-", "-\nstep 7/10", "0\nwritten", "0\nmore\nwritten"]
+    rented = [NOT_THERE, "WAITING_FOR_RESOURCES", "ACTIVE", "ACTIVE"]
+    state = [*rented, "SUSPENDED", NOT_THERE, "ACTIVE", "ACTIVE", "ACTIVE"]
+    log = ["-", "running\nstep 5/10", "-", "running\nstep 7/10", "finished\nx", "finished\nmore\nx"]
     done, calls = cloud(state, log)
     assert done.returncode == 0, done.stderr
-    started = ["create", "scp", "ssh", "ssh"]
-    assert verbs(calls) == [*started, "delete", *started]
+    assert verbs(calls) == ["create", *STARTED, "delete", "create", *STARTED]
     assert done.stdout.splitlines() == ["step 5/10", "step 7/10"]
-    assert "exit code 0; the end of its log:\nmore\nwritten" in done.stderr
-    assert "to give it back:\n  gcloud compute tpus queued-resources delete seven" in done.stderr
+    assert "the run has ended: finished; the end of its log:\nmore\nx" in done.stderr
+    assert (
+        "to give the slice back:\n  gcloud compute tpus queued-resources delete seven"
+        in done.stderr
+    )
 
 
 def test_started_again_it_watches_the_run_that_is_there(cloud):
-    done, calls = cloud(["ACTIVE"] * 3, ["-\nstep 5/10", "3\nerror: x", "3\nerror: x"])
-    assert done.returncode == 3
+    """Also when the host cannot be asked for once."""
+    done, calls = cloud(
+        ["ACTIVE"] * 3, ["!ssh: timed out", "running\nstep 5/10", "finished\nx", "finished\nx"]
+    )
+    assert done.returncode == 0
+    assert verbs(calls) == []
+
+
+def test_a_run_that_ends_with_an_error_of_its_own_is_not_started_again(cloud):
+    done, calls = cloud(["ACTIVE"] * 3, ["running\nstep 5/10", "1\nerror: x", "1\nerror: x"])
+    assert done.returncode == 1
+    assert verbs(calls) == []
+    assert "the run has ended: 1; the end of its log:\nerror: x" in done.stderr
+
+
+@pytest.mark.parametrize("word", ["0", "134", "-"])
+def test_a_run_that_was_cut_off_is_started_again(cloud, word):
+    """Saved on a signal to one host, aborted because another was lost, gone with a restart of the machine."""
+    tail = [] if word == "-" else [f"{word}\nx"]
+    done, calls = cloud(["ACTIVE"] * 2, [f"{word}\nx", *tail, "finished\nx", "finished\nx"])
+    assert done.returncode == 0, done.stderr
+    assert verbs(calls) == STARTED
+
+
+def test_a_slice_that_cannot_be_had_is_said_with_the_reason(cloud):
+    done, calls = cloud([NOT_THERE, "FAILED", "state: FAILED, no quota for v4 in this zone"], [])
+    assert done.returncode == 1
+    assert "no quota for v4 in this zone" in done.stderr
+    assert "to give the slice back" in done.stderr
+    assert verbs(calls) == ["create"]
+
+
+def test_a_cloud_that_stays_away_for_a_moment_is_asked_again(cloud):
+    state = ["!503", "ACTIVE", "!503", "!503", "ACTIVE"]
+    done, calls = cloud(state, ["running\nx", "finished\nx", "finished\nx"])
+    assert done.returncode == 0, done.stderr
     assert verbs(calls) == []
 
 
 def test_secrets_go_to_the_hosts_and_nowhere_else(cloud):
-    done, calls = cloud(
-        [NOT_THERE, "ACTIVE", "ACTIVE"],
-        ["-", "1\nx", f"1\nwrong key {KEY}"],
-        "--secrets=WANDB_API_KEY",
-    )
+    log = ["-", f"running\nwrong key {KEY}", f"1\nwrong key {KEY}", f"1\nwrong key {KEY}"]
+    done, calls = cloud([NOT_THERE, *["ACTIVE"] * 4], log, "--secrets=WANDB_API_KEY")
     assert done.returncode == 1
     assert KEY not in done.stdout + done.stderr
     assert "wrong key $WANDB_API_KEY" in done.stderr
+    assert "wrong key $WANDB_API_KEY" in done.stdout
     holding = [words for words in calls if any(KEY in word for word in words)]
     assert [words[3:5] for words in holding] == [["scp", f"WANDB_API_KEY={KEY}\n"]]
 
@@ -150,13 +180,13 @@ def test_what_the_cloud_refuses_is_said(cloud):
 
 
 def test_the_archive_is_the_working_tree_without_what_git_ignores(tmp_path):
-    from experiments import cloud
-
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    for name in ("a.py", "b with space.py", "run.log", ".gitignore"):
+    for name in ("a.py", "b with space.py", "gone.py", "run.log", ".gitignore"):
         (tmp_path / name).write_text("*.log\n")
-    subprocess.run(["git", "add", "a.py"], cwd=tmp_path, check=True)
-    subprocess.run(["bash", "-c", cloud.pack("out.tgz")], cwd=tmp_path, check=True)
+    subprocess.run(["git", "add", "a.py", "gone.py"], cwd=tmp_path, check=True)
+    (tmp_path / "gone.py").unlink()
+    pack = ["bash", "-o", "pipefail", "-c", command_lines.pack("out.tgz")]
+    subprocess.run(pack, cwd=tmp_path, check=True, capture_output=True)
     listed = subprocess.run(
         ["tar", "tzf", tmp_path / "out.tgz"], capture_output=True, text=True, check=True
     )
@@ -164,27 +194,62 @@ def test_the_archive_is_the_working_tree_without_what_git_ignores(tmp_path):
     assert "run.log" not in listed.stdout
 
 
-def test_the_start_leaves_log_and_exit_code(tmp_path):
-    """The line that hosts run, with a train of our own."""
-    from experiments import cloud
-
+@pytest.fixture
+def host(tmp_path):
+    """The home of a host whose `train` is a script of the test's; shell commands run in it."""
     (tmp_path / "llama_jax/.venv/bin").mkdir(parents=True)
     python = tmp_path / "llama_jax/.venv/bin/python"
-    python.write_text('#!/bin/sh\necho "$TOKEN $LLAMA_JAX_CODE $5"; exit 7\n')
-    python.chmod(0o755)
+
+    def shell(line, train=None):
+        if train:
+            python.write_text(f"#!/bin/sh\n{train}\n")
+            python.chmod(0o755)
+        home = {**os.environ, "HOME": str(tmp_path)}
+        done = subprocess.run(
+            ["bash", "-c", line], cwd=tmp_path, env=home, capture_output=True, text=True, timeout=20
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return shell
+
+
+def until(host, word, workdir="runs/x"):
+    for _ in range(100):
+        seen = host(command_lines.look(workdir, 1))
+        if seen.split("\n")[0] == word:
+            return seen
+        time.sleep(0.05)
+    pytest.fail(seen)
+
+
+def test_the_start_returns_and_leaves_log_and_exit_code(host, tmp_path):
+    """Whatever waits for the end of its output, as ssh does, is let go while the run goes on."""
+    assert host(command_lines.look("~/it's", 1)) == "-\n"
     (tmp_path / ".llama_jax_env").write_text("TOKEN='a b'\n")
-    line = cloud.start(["--config=x", "--workdir=it's"], "abc", secrets=True)
-    home = {**os.environ, "HOME": str(tmp_path)}
-    subprocess.run(["bash", "-c", line], cwd=tmp_path, env=home, check=True)
-    seen = subprocess.run(
-        ["bash", "-c", cloud.look(1)],
-        cwd=tmp_path,
-        env=home,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert seen.stdout == "7\na b abc --workdir=it's\n"
+    line = command_lines.start(["--config=x", "--workdir=it's"], "abc", secrets=True)
+    train = 'echo "$TOKEN $LLAMA_JAX_CODE $5"; while ! test -e go; do sleep 0.05; done; exit 7'
+    host(line, train)
+    assert until(host, "running") in ("running\n", "running\na b abc --workdir=it's\n")
+    (tmp_path / "llama_jax/go").touch()
+    assert until(host, "7") == "7\na b abc --workdir=it's\n"
+
+
+@pytest.mark.parametrize("workdir", ["~/bucket/a b", "runs/x"])
+def test_a_run_is_finished_when_its_results_are_there(host, tmp_path, workdir):
+    host(command_lines.start([], "abc"), "exit 0")
+    until(host, "0", workdir)
+    place = tmp_path / workdir[2:] if workdir[0] == "~" else tmp_path / "llama_jax" / workdir
+    place.mkdir(parents=True)
+    (place / "runcard.json").touch()
+    until(host, "finished", workdir)
+
+
+def test_a_machine_that_started_again_has_no_run(host, tmp_path):
+    host(command_lines.start([], "abc"), "sleep 30")
+    until(host, "running")
+    os.kill(int((tmp_path / "train.pid").read_text()), 9)
+    until(host, "-")
 
 
 REFUSED = {
@@ -195,6 +260,7 @@ REFUSED = {
     "does not fit": (
         ["--config=configs/7b.py:v4_32", *TPU, "--config.model.remat=none", "--config.train.microbatches=16"], r"needs \d+\.\d GiB a chip and v4_32 has 30\.75",
     ),
+    "two words": (["--config=configs/7b.py:v4_32", *TPU, "--config.data.threads", "3"], r"--config.data.threads: write it as --name=value"),
     "tpu on gpus": (["--config=configs/research_1b.py:h100_8", *TPU], r"have no effect on 8xH100"),
 }  # fmt: skip
 
