@@ -1,4 +1,4 @@
-"""`make compile-all`: compile published networks for the slices of the table, write docs/scale.md.
+"""`make compile-all`: compile networks for slices and write the table of docs/scale.md; its text stays.
 
 Each row is one micro-step, as in the comparisons with MaxText; minutes a row. What is compiled is kept in
 benchmarks/scale.json by its settings, the flags and the compiler's version: started again, only new rows are
@@ -104,6 +104,8 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     only = next((a.removeprefix("--only=") for a in sys.argv[1:] if a.startswith("--only=")), "")
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    wanted = {key_of(run) for run in runs()}
+    kept = {key: value for key, value in kept.items() if key in wanted}
     todo = [run for run in runs() if only.lower() in f"{title(run)} {run.mesh.hardware}".lower()]
     for run in tqdm.tqdm(todo, desc="compiling"):
         if (key := key_of(run)) not in kept:
@@ -144,7 +146,8 @@ def write(kept: dict) -> None:
         share = sum(plan.parts.values()) and _formula(plan) / plan.hbm_gib_per_chip
         cells = [title(run), str(run.data.seq_len), *command.row(run, plan), f"{share:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    PAGE.write_text("\n".join(lines) + "\n")
+    _, mark, notes = PAGE.read_text().partition("\n## Reading it")
+    PAGE.write_text("\n".join(lines) + "\n" + mark + notes)
 
 
 def _formula(plan: figures.Plan) -> float:

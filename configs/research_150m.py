@@ -3,6 +3,12 @@
 20 tokens a parameter (arXiv:2203.15556), batches of 0.5M tokens; the mixture is LLaMA's, from your rows.
 
     python -m experiments.train --config=configs/research_150m.py --workdir=DIR
+
+Compiled for slices, estimated (docs/scale.md): recomputation, memory a chip, MFU in series to products alone.
+
+    :v4_8      full        9.4 GiB of 30.75   MFU 33 to 43%
+    :v5e_8     full        5.7 GiB of 15.75   MFU 37 to 50%
+    :v6e_8     full        5.8 GiB of 31.25   MFU 21 to 25%
 """
 
 from configs import base, mixtures, sizes

@@ -3,6 +3,12 @@
 20 tokens a parameter (arXiv:2203.15556), batches of 0.5M tokens; the mixture is LLaMA's, from your rows.
 
     python -m experiments.train --config=configs/research_1b.py --workdir=DIR
+
+Compiled for slices, estimated (docs/scale.md): recomputation, memory a chip, MFU in series to products alone.
+
+    :v4_8      full       21.3 GiB of 30.75   MFU 44 to 53%
+    :v5e_8     full       12.6 GiB of 15.75   MFU 53 to 67%
+    :v6e_8     full       26.4 GiB of 31.25   MFU 36 to 41%
 """
 
 from configs import base, mixtures, sizes

@@ -14,24 +14,26 @@ class Device(NamedTuple):
     ghz: float = 0  # of the clock in which the compiler counts cycles
     link_gb_s: float = 0  # one link between chips (GPUs: all of a GPU's links), one way
     links: int = 0  # of a chip
+    hbm_gb_s: float = 0  # read or written
 
 
 # TPU rates and memory: cloud.google.com/tpu/docs/system-architecture-tpu-vm; memory is what the compiler
 # lets a program have. Watts of v3 and v4 are the means measured in production, arXiv:2304.01433 table 4;
 # of A100 the figure of arXiv:2302.13971 table 15; of H100 and H200 the SXM data sheet. Clocks: v2 and v3
 # doi:10.1145/3360307, v4 arXiv:2304.01433 table 4; of the later ones peak rate over operations a cycle.
+# Bandwidth of HBM: the same pages and data sheets; of v2 and v3 half a chip's.
 # Links: v2 and v3 doi:10.1145/3360307 (496 and 656 Gbit/s), v4 arXiv:2304.01433 (50 GB/s), less what
 # measurements reach (jax-ml.github.io/scaling-book: 45, 90).
 DEVICES = {
-    "TPU v2": Device(22.5, 0, 7.5, 0.7, 62, 4),
-    "TPU v3": Device(61.5, 110, 15.5, 0.94, 82, 4),
-    "TPU v4": Device(275, 170, 30.75, 1.05, 45, 6),
-    "TPU v5 lite": Device(197, 0, 15.75, 1.503, 45, 4),
-    "TPU v5": Device(459, 0, 95.0, 1.75, 90, 6),
-    "TPU v6 lite": Device(918, 0, 31.25, 1.75, 90, 4),
-    "NVIDIA A100": Device(312, 400, 74.0, 0, 300, 1),
-    "NVIDIA H100": Device(989.4, 700, 74.0, 0, 450, 1),
-    "NVIDIA H200": Device(989.4, 700, 130.0, 0, 450, 1),
+    "TPU v2": Device(22.5, 0, 7.5, 0.7, 62, 4, 350),
+    "TPU v3": Device(61.5, 110, 15.5, 0.94, 82, 4, 450),
+    "TPU v4": Device(275, 170, 30.75, 1.05, 45, 6, 1228),
+    "TPU v5 lite": Device(197, 0, 15.75, 1.503, 45, 4, 819),
+    "TPU v5": Device(459, 0, 95.0, 1.75, 90, 6, 2765),
+    "TPU v6 lite": Device(918, 0, 31.25, 1.75, 90, 4, 1640),
+    "NVIDIA A100": Device(312, 400, 74.0, 0, 300, 1, 2039),
+    "NVIDIA H100": Device(989.4, 700, 74.0, 0, 450, 1, 3350),
+    "NVIDIA H200": Device(989.4, 700, 130.0, 0, 450, 1, 4800),
 }
 
 

@@ -41,12 +41,12 @@ class Work(NamedTuple):
     gathered: float  # times tokens x model width, where heads and widths are over tensor
 
 
-# Solved from compiled steps of 7B, 65B, 70B and research networks; docs/scale.md compares many.
+# Solved from the compiled steps of docs/scale.md, which compares them all.
 WORK = {
-    "TPU v4": Work(3.5, 6.1, 1.6, 2.9),
-    "TPU v5": Work(3.5, 6.1, 1.6, 2.9),
-    "TPU v5 lite": Work(1.4, 7.0, 0.0, 2.9),
-    "TPU v6 lite": Work(1.4, 7.0, 0.0, 2.9),
+    "TPU v4": Work(2.1, 3.5, 4.4, 6.2),
+    "TPU v5": Work(2.1, 3.5, 4.4, 6.2),
+    "TPU v5 lite": Work(0.3, 6.3, 2.8, 2.9),
+    "TPU v6 lite": Work(0.3, 6.3, 2.8, 2.9),
 }
 LANES = 128  # the last dimension of an array takes a multiple of it in a TPU's memory
 
@@ -63,7 +63,7 @@ def of_bytes(
     """The same from the bytes of the state, and of the parameters in it, on one device."""
     model = run.model
     if device_kind.startswith("TPU"):
-        model = dataclasses.replace(model, head_dim=math.ceil(model.head_dim / LANES) * LANES)
+        model = padded(model)
     width = 2 if model.compute_dtype == "bfloat16" else 4
     rows = mesh["slices"] * mesh["data"] * mesh["fsdp"]
     tokens = run.tokens_per_step / run.train.microbatches / (rows * mesh["context"])
@@ -75,7 +75,7 @@ def of_bytes(
     return Need(
         state=state / 2**30,
         gradients=(in_compute_dtype + parameters * (run.train.microbatches > 1)) / 2**30,
-        activations=own * _stored_a_layer(model) * model.layers * width / 2**30,
+        activations=own * stored(model) * width / 2**30,
         logits=(logits + across * 2 * gathered) / 2**30,
         work=_work(model, own, width, mesh["tensor"], WORK.get(device_kind)) / 2**30,
     )
@@ -110,11 +110,16 @@ def advice(need: Need, available: float) -> str:
     return "raise train.microbatches, or set model.remat to 'full'"
 
 
-def _stored_a_layer(model: config.Model) -> int:
-    """Numbers a token that one layer leaves for the backward pass (counted from the layer's code)."""
+def padded(model: config.Model) -> config.Model:
+    """With heads as wide as they lie in a TPU's memory."""
+    return dataclasses.replace(model, head_dim=math.ceil(model.head_dim / LANES) * LANES)
+
+
+def stored(model: config.Model) -> int:
+    """Numbers a token that the layers leave for the backward pass (counted from the layer's code)."""
     attention = model.heads * model.head_dim
     keys = 2 * model.kv_heads * model.head_dim
-    return {
+    layer = {
         "full": model.dim,
         "offload": model.dim,
         "attention": model.dim + 2 * attention + keys,
@@ -123,6 +128,7 @@ def _stored_a_layer(model: config.Model) -> int:
         # Of the four wide arrays XLA computes one again.
         "none": 5 * model.dim + 2 * attention + keys + 3 * model.ffn_dim,
     }[model.remat]
+    return model.layers * layer
 
 
 def offloaded(run: config.Run) -> float:

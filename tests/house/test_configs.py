@@ -1,11 +1,14 @@
 """Every page freezes, says what it is, and has the paper's hyper-parameters."""
 
+import importlib
 import importlib.util
+import json
 from pathlib import Path
 
 import jax
 import pytest
 
+from benchmarks import scale
 from configs import sizes
 from llama_jax import config, sharding
 from llama_jax.analysis import hardware
@@ -132,3 +135,21 @@ def test_old_slices_hold_the_sizes_that_fit():
     assert config.freeze(load(ROOT / "configs/research_1b.py").get_config("v2_8")).mesh.hardware
     assert config.freeze(load(ROOT / "configs/llama32_1b.py").get_config("v3_8")).mesh.hardware
     assert config.freeze(load(ROOT / "configs/7b.py").get_config("v3_32")).mesh.hardware
+
+
+def test_headers_have_the_compilers_figures():
+    """Of the pages that `make compile-all` has compiled; after compiling anew, mend the headers."""
+    kept = json.loads(scale.RESULTS.read_text())
+    found = 0
+    for stem, name in (*scale.SMALL, *scale.PUBLISHED):
+        compiled = kept.get(scale.key_of(scale.best(stem, name)))
+        if not compiled or not compiled["plan"]["mfu_low"]:
+            continue
+        page = importlib.import_module(f"configs.{stem}")
+        (line,) = (
+            line for line in page.__doc__.splitlines() if line.strip().startswith(f":{name} ")
+        )
+        assert f" {compiled['plan']['hbm_gib_per_chip']:.1f} GiB of " in line
+        assert f"MFU {100 * compiled['plan']['mfu_low']:.0f} to " in line
+        found += 1
+    assert found >= len(scale.SMALL)

@@ -35,8 +35,14 @@ def test_a_network_that_is_too_large_has_no_layout():
 
 def test_more_memory_is_spent_on_less_recomputation():
     small = dataclasses.replace(page("research_1b"), data=config.Data(seq_len=2048))
-    assert fit.fits(small, "v5p_32")[0].run.model.remat == "none"
-    assert fit.fits(page("llama2_70b"), "v5p_64")[0].run.model.remat != "none"
+    executed = lambda found: fit.REMAT[found[0].run.model.remat]
+    plenty = executed(fit.fits(small, "v5p_32"))
+    assert plenty < 1.1 < executed(fit.fits(page("llama2_70b"), "v5p_32"))
+
+
+def test_what_is_stored_costs_time_on_narrow_networks():
+    """There HBM is the bound, and 'full' the fastest: compiled, 33% against 28% for 'linear' at 150M on v4-8."""
+    assert fit.fits(page("research_150m"), "v4_8")[0].run.model.remat == "full"
 
 
 def test_what_the_host_keeps_costs_its_way_there_and_back():
