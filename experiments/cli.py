@@ -11,6 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from llama_jax import config
+from llama_jax.analysis import hardware
 
 # What a user can mend: a message, no traceback.
 USER_ERRORS = (ValueError, OSError)
@@ -68,6 +69,16 @@ def define_parts(**parts: object) -> flags.FlagHolder:
 
 def frozen(flag: flags.FlagHolder) -> config.Run:
     return config.freeze(flag.value)
+
+
+def slice_of(run: config.Run) -> str:
+    """The slice that the page was laid out for. ValueError if for none."""
+    if run.mesh.hardware == "any":
+        raise ValueError(
+            "a slice is needed, as in --config=configs/7b.py:v4_32; there are "
+            + ", ".join(hardware.SLICES)
+        )
+    return run.mesh.hardware
 
 
 def run(main: Callable[[], int], *errors: type[Exception]) -> None:

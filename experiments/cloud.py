@@ -15,7 +15,7 @@ IMAGES = {
     "TPU v5": "v2-alpha-tpuv5",
     "TPU v6 lite": "v2-alpha-tpuv6e",
 }
-# What the API answers when a slice is no longer ours, or never came.
+# What the API answers when a slice is no longer ours, and when it is.
 GONE = frozenset({"PREEMPTED", "TERMINATED", "STOPPED", "SUSPENDED", "SUSPENDING"})
 READY = frozenset({"READY", "ACTIVE"})
 
@@ -107,11 +107,9 @@ def set_up(bucket: str = "", packages: tuple[str, ...] = ()) -> str:
         "python3 -m pip install --quiet --user uv",
         f"cd {CODE}",
         "~/.local/bin/uv venv --quiet --clear --python 3.12 .venv",
-        shlex.join(
-            ["uv", "pip", "install", "--quiet", "-r", "requirements.txt", "-e", ".[tpu]", *packages]
-        ),
+        "~/.local/bin/uv pip install --quiet "
+        + shlex.join(["-r", "requirements.txt", "-e", ".[tpu]", *packages]),
     ]
-    steps[-1] = f"~/.local/bin/{steps[-1]}"
     if bucket:
         steps += [
             "{ command -v gcsfuse > /dev/null || { echo 'gcsfuse is not on this host: install it, or leave"

@@ -32,8 +32,7 @@ TIMEOUT = flags.DEFINE_integer(
 
 T = TypeVar("T")
 
-# A process whose peers died waits so long at exit, instead of JAX's 300 s; the first process writes the
-# results of a run within it while the others are done.
+# A process whose peers died waits so long at exit, instead of JAX's 300 s.
 SHUTDOWN_SECONDS = 120
 
 

@@ -57,12 +57,7 @@ class LaunchError(Exception):
 
 def main() -> int:
     run = cli.frozen(CONFIG)
-    name = run.mesh.hardware
-    if name == "any":
-        raise ValueError(
-            "launching needs a slice, as in --config=configs/7b.py:v4_32; there are "
-            + ", ".join(hardware.SLICES)
-        )
+    name = cli.slice_of(run)
     check_fit(run, name)
     slice_ = hardware.SLICES[name]
     if slice_.device in cloud.IMAGES:

@@ -32,12 +32,7 @@ COMPILED = 3  # layouts that --suggest asks the compiler about
 def main() -> int:
     jax.config.update("jax_platforms", "cpu")
     run = cli.frozen(CONFIG)
-    name = run.mesh.hardware
-    if name == "any":
-        raise ValueError(
-            "planning needs a slice, as in --config=configs/7b.py:v4_32; there are "
-            + ", ".join(hardware.SLICES)
-        )
+    name = cli.slice_of(run)
     if SUGGEST.value:
         return suggest(run, name)
     plan = figures.plan(run, name, compile=not ANALYTIC.value)

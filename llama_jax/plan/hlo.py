@@ -191,6 +191,8 @@ def collectives(program: Program) -> list[Collective]:
             )  # a sparse core gets its data after it was started
             fused = ends.get(op.name.replace("-start", "-done"), ends[op.name])
             covered = awaited.get(begun, fused) - ends[begun] if started else 0.0
+            if op.name.startswith("async-collective-start") and not covered:
+                covered = math.inf  # within products, as on v5e: by how much, the text does not say
             sizes = [_bytes(match) for match in _SHAPE.findall(inner.shape)]
             # An asynchronous all-gather has operand and result in its tuple.
             whole = max(sizes) if inner.kind.endswith("-start") else sum(sizes)

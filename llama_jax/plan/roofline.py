@@ -53,8 +53,6 @@ def host(offloaded: float) -> float:
 
 def exposed(one: Mapping[str, Any], slice_: hardware.Slice, clock: float) -> float:
     """Seconds of one collective that no work scheduled beside it covers."""
-    if one["started"] and one["covered"] == 0 and one["kind"] == "all-gather":
-        return 0.0  # carried within products, as on v5e: by how much, the text does not say
     return max(0.0, collective(one, slice_) - one["covered"] / clock)
 
 

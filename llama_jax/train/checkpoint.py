@@ -96,9 +96,7 @@ class Checkpoints:
                 restored = self._restore(step, target)
             except Exception as error:  # Orbax and TensorStore raise a dozen kinds
                 failures[step] = _first_line(error)
-                if (
-                    jax.process_count() > 1
-                ):  # the other hosts may have read their part: no way back here
+                if jax.process_count() > 1:  # the others may have read theirs: no way back here
                     raise RuntimeError(
                         f"checkpoint {step} is unreadable on host {jax.process_index()} ({failures[step]}); "
                         f"rename {self.folder / str(step)} and start again: the one before is taken"

@@ -253,7 +253,7 @@ def test_a_machine_that_started_again_has_no_run(host, tmp_path):
 
 
 REFUSED = {
-    "no slice": (["--config=configs/7b.py", "--workdir=x"], r"launching needs a slice"),
+    "no slice": (["--config=configs/7b.py", "--workdir=x"], r"a slice is needed"),
     "no zone": (["--config=configs/7b.py:v4_32", "--workdir=x", "--tpu=a"], r"both a name and a zone"),
     "direct slices": (["--config=configs/7b.py:v5e_256x2", *TPU, "--direct"], r"leave --direct out"),
     "secret": (["--config=configs/7b.py:v4_32", *TPU, "--secrets=NOT_SET_HERE"], r"NOT_SET_HERE: not set"),

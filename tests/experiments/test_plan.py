@@ -70,7 +70,7 @@ def test_what_is_set_by_hand_and_does_not_fit_says_what_would():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("configs/7b.py", "planning needs a slice, as in --config=configs/7b.py:v4_32"),
+        ("configs/7b.py", "a slice is needed, as in --config=configs/7b.py:v4_32"),
         ("configs/7b.py:v4_33", "nearest: 'v4_32'"),
         (
             "configs/tiny.py:v4_512",

@@ -1,5 +1,7 @@
 """A scheduled program small enough to count by hand, in the compiler's notation."""
 
+import math
+
 import pytest
 
 from llama_jax.plan import hlo
@@ -17,6 +19,11 @@ TEXT = """HloModule jit_step, is_scheduled=true
   %%q0 = bf16[16,8]{1,0} parameter(0)
   %%all-reduce.9 = bf16[16,8]{1,0} all-reduce(%%q0), replica_groups=[2,4]<=[8], to_apply=%%add
   ROOT %%dynamic-slice.1 = bf16[4,8]{1,0} dynamic-slice(%%all-reduce.9)
+}
+
+%%carried (t0: bf16[1,8]) -> bf16[2,8] {
+  %%t0 = bf16[1,8]{1,0} parameter(0)
+  ROOT %%all-gather.5 = bf16[2,8]{1,0} all-gather(%%t0), replica_groups={{0,1},{2,3}}, dimensions={0}
 }
 
 %%beside (r0: bf16[4,16]) -> bf16[12,16] {
@@ -64,6 +71,7 @@ ENTRY %%main (x: bf16[8,16]) -> bf16[8,16] {
   %%all-gather.3.call-done = bf16[12,16]{1,0} async-done(%%all-gather.3.call-update)
   %%splash_mha_fwd.1 = (f32[8,128], bf16[8,16]) custom-call(%%x), custom_call_target="tpu_custom_call"
   %%all-reduce.2 = f32[2,3]{1,0} all-reduce(%%x), replica_groups=mesh['a'=2,'b'=4] {'a','b'}, to_apply=%%add
+  %%async-collective-start.1 = bf16[2,8]{1,0} fusion(%%x), kind=kCustom, calls=%%carried
   %%reduce-scatter.1 = f32[1,2]{1,0} reduce-scatter(%%x), replica_groups={{0,1},{2,3}}, dimensions={0}, to_apply=%%add
   ROOT %%get-tuple-element.4 = bf16[8,16] get-tuple-element(%%while.1), index=1
 }
@@ -89,7 +97,7 @@ def test_a_loop_counts_as_often_as_it_turns(program):
 
 
 def test_collectives_have_bytes_parts_and_cover(program):
-    gather, beside, scatter, reduce, small = sorted(
+    gather, beside, scatter, carried, reduce, small = sorted(
         hlo.collectives(program), key=lambda c: -c.bytes
     )
     assert gather == hlo.Collective(
@@ -98,6 +106,7 @@ def test_collectives_have_bytes_parts_and_cover(program):
     # On a sparse core: from the moment that it has its data; what it does there is in no cycles.
     assert beside == hlo.Collective("all-gather", 12 * 16 * 2, 1, 3, True, 13.0, False, "")
     assert scatter == hlo.Collective("reduce-scatter", 16 * 8 * 2, TURNS, 4, False, 0.0, True, "")
+    assert carried == hlo.Collective("all-gather", 2 * 8 * 2, 1, 2, True, math.inf, False, "")
     assert small == hlo.Collective("reduce-scatter", 2 * 1 * 2 * 4, 1, 2, False, 0.0, False, "")
     assert reduce == hlo.Collective("all-reduce", 2 * 3 * 4, 1, 8, False, 0.0, False, "")
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from llama_jax.analysis import hardware
@@ -48,6 +50,10 @@ def test_the_bracket_goes_from_cycles_alone_to_everything_in_series():
 def test_work_that_is_scheduled_beside_a_collective_covers_it():
     half = gather(started=True, covered=0.15625 * 1.05e9)
     assert roofline.seconds(compiled([half]), V4_32).exposed == pytest.approx(0.3125)
+    alone = gather(started=True)
+    assert roofline.seconds(compiled([alone]), V4_32).exposed == pytest.approx(2 * 0.3125)
+    carried = gather(started=True, covered=math.inf)
+    assert roofline.seconds(compiled([carried]), V4_32).exposed == 0
     whole = gather(started=True, covered=9e9)
     assert roofline.seconds(compiled([whole]), V4_32).exposed == 0
 
