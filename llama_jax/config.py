@@ -20,9 +20,14 @@ import ml_collections
 def choose(slots, name: str, place: str):
     """`slots[name]`, or `name` itself of a plain collection; ValueError with the nearest otherwise."""
     if name not in slots:
-        near = difflib.get_close_matches(str(name), slots, 1, cutoff=0.0)
-        raise ValueError(f"{place}={name!r} is not one of {', '.join(slots)}; nearest: {near[0]!r}")
+        raise ValueError(
+            f"{place}={name!r} is not one of {', '.join(slots)}; nearest: {nearest(name, slots)!r}"
+        )
     return slots[name] if isinstance(slots, dict) else name
+
+
+def nearest(name: str, known) -> str:
+    return difflib.get_close_matches(str(name), known, 1, cutoff=0.0)[0]
 
 
 def _positive(part, place, *names):
@@ -46,35 +51,52 @@ def _divides(small_place, small, large_place, large):
         raise ValueError(f"{small_place}={small} must divide {large_place}={large}; try {tries}")
 
 
+def _idle(part, place, names, why):
+    """ValueError if a field of these is set: under `why` it has no effect."""
+    for name in names:
+        value, default = getattr(part, name), type(part).__dataclass_fields__[name].default
+        if value != default:
+            raise ValueError(
+                f"{place}.{name}={value!r} has no effect while {why}; "
+                f"change that or leave it at {default!r}"
+            )
+
+
+_BANDS = ("low_freq_factor", "high_freq_factor", "original_length")
+
+
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary embedding (arXiv:2104.09864) with the frequency scaling of Llama 3.1.
+    """Rotary embedding (arXiv:2104.09864), stretched by `factor` to reach past its original length.
 
     factor 1 leaves the frequencies alone. Llama 3.1 and 3.2-Vision use 8, Llama 3.2 1B and 3B use 32,
-    each with low 1, high 4 and original length 8192 (the `rope_scaling` of their checkpoints).
+    each with low 1, high 4 and original length 8192 (the `rope_scaling` of their checkpoints). YaRN's
+    paper has low 1 and high 32.
     """
 
     theta: float = 10_000.0
+    rotary_dim: int = 0  # so many entries of a head turn, the others stay; 0: all of them
     factor: float = 1.0
+    scaling: str = "llama3"  # by which rule: "linear", "ntk", "llama3" or "yarn"
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_length: int = 8192
 
     def __post_init__(self):
         _positive(self, "model.rope", "theta", "factor", "low_freq_factor", "original_length")
+        _not_negative(self, "model.rope", "rotary_dim")
+        choose(("linear", "ntk", "llama3", "yarn"), self.scaling, "model.rope.scaling")
         if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 f"model.rope.high_freq_factor={self.high_freq_factor} must exceed "
                 f"model.rope.low_freq_factor={self.low_freq_factor}; Llama 3.1 uses 4 and 1"
             )
+        idle, why = (), ""
+        if self.scaling in ("linear", "ntk"):
+            idle, why = _BANDS, f"model.rope.scaling={self.scaling!r}"
         if self.factor == 1.0:
-            for name in ("low_freq_factor", "high_freq_factor", "original_length"):
-                default = type(self).__dataclass_fields__[name].default
-                if getattr(self, name) != default:
-                    raise ValueError(
-                        f"model.rope.{name}={getattr(self, name)} has no effect while "
-                        f"model.rope.factor=1.0; set the factor or leave it at {default}"
-                    )
+            idle, why = ("scaling", *_BANDS), "model.rope.factor=1.0"
+        _idle(self, "model.rope", idle, why)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +113,19 @@ class Model:
     pattern: tuple[str, ...] = ("self",)  # one group of layers; the depth repeats it
     norm: str = "rms"
     norm_eps: float = 1e-6
+    placement: str = "pre"  # of the norms and residuals of a layer
+    qk_norm: str = "none"  # of each head's queries and keys: a norm
     position: str = "rope"
     rope: Rope = Rope()
+    max_positions: int = 0  # rows of the table of position "learned"
+    window: int = 0  # a query sees so many keys, its own among them; 0: all before it
+    softcap: float = 0.0  # scores are softcap x tanh(score / softcap); 0: as they are
+    bias: str = "none"  # added after linear layers: "qkv", or "all" of a layer
     ffn: str = "swiglu"
     output: str = "untied"  # "tied": logits are products with the embedding
+    init: str = "normal"
     init_std: float = 0.02
+    mup_base_dim: int = 0  # of init "mup": the width at which it is the same as "normal"
     # From here on: how it is computed, never what.
     compute_dtype: str = "bfloat16"
     kernel: str = "blockwise"
@@ -120,6 +150,22 @@ class Model:
         _divides("len(model.pattern)", len(self.pattern), "model.layers", self.layers)
         _divides("model.unroll", self.unroll, "the number of layer groups", self.groups)
         choose(("untied", "tied"), self.output, "model.output")
+        choose(("none", "qkv", "all"), self.bias, "model.bias")
+        _not_negative(self, "model", "max_positions", "window", "softcap", "mup_base_dim")
+        if self.rope.rotary_dim % 2 or self.rope.rotary_dim > self.head_dim:
+            raise ValueError(
+                f"model.rope.rotary_dim={self.rope.rotary_dim} must be even and at most "
+                f"model.head_dim={self.head_dim}; try {self.head_dim // 4 * 2}"
+            )
+        for name, field, choice in (
+            ("max_positions", "position", "learned"),
+            ("mup_base_dim", "init", "mup"),
+        ):
+            chosen = getattr(self, field)
+            if chosen != choice:
+                _idle(self, "model", (name,), f"model.{field}={chosen!r}")
+            elif not getattr(self, name):
+                raise ValueError(f"model.{name}=0 must be set for model.{field}={choice!r}")
         choose(("float32", "bfloat16"), self.compute_dtype, "model.compute_dtype")
 
     @property
@@ -213,6 +259,7 @@ class Optim:
     schedule: str = "cosine"
     warmup_steps: int = 2000
     final_fraction: float = 0.1  # of the peak learning rate, at the last step
+    decay_fraction: float = 0.1  # of the steps, at the end, in which schedule "wsd" falls
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -221,10 +268,15 @@ class Optim:
 
     def __post_init__(self):
         _positive(self, "optim", "learning_rate", "eps", "clip_norm")
-        for name in ("beta1", "beta2", "final_fraction"):
+        for name in ("beta1", "beta2", "final_fraction", "decay_fraction"):
             value = getattr(self, name)
-            if not 0 <= value <= 1 or (name != "final_fraction" and value == 1):
+            if not 0 <= value <= 1 or (name.startswith("beta") and value == 1):
                 raise ValueError(f"optim.{name}={value} must lie between 0 and 1")
+        idle = {"lion": ("eps",), "adafactor": ("beta1", "beta2", "eps")}.get(self.name, ())
+        _idle(self, "optim", idle, f"optim.name={self.name!r}")
+        idle = [] if self.schedule == "wsd" else ["decay_fraction"]
+        idle += ["final_fraction"] if self.schedule == "inverse_sqrt" else []
+        _idle(self, "optim", idle, f"optim.schedule={self.schedule!r}")
         _not_negative(self, "optim", "warmup_steps", "weight_decay")
 
 
@@ -338,6 +390,11 @@ class Run:
 
     def __post_init__(self):
         _divides("train.loss_chunks", self.train.loss_chunks, "data.seq_len", self.data.seq_len)
+        if self.model.max_positions and self.model.max_positions < self.data.seq_len:
+            raise ValueError(
+                f"model.max_positions={self.model.max_positions} must be at least "
+                f"data.seq_len={self.data.seq_len}: no position may be without its row"
+            )
         if self.optim.warmup_steps >= self.train.steps:
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps} must be below "
@@ -417,9 +474,9 @@ def _build(kind: type, values: Any, place: str):
     types = typing.get_type_hints(kind)
     for name in values:
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, 1, cutoff=0.0)[0]
             raise ValueError(
-                f"{_join(place, name)} is not a setting; nearest: {_join(place, near)}"
+                f"{_join(place, name)} is not a setting; "
+                f"nearest: {_join(place, nearest(name, fields))}"
             )
     return kind(**{name: _value(types[name], v, _join(place, name)) for name, v in values.items()})
 

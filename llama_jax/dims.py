@@ -13,8 +13,11 @@ WORDS = {
     "H": "head width",
     "F": "ffn width",
     "V": "vocabulary",
+    "R": "rows of a table of positions",
+    "U": "buckets of distances",
     "L": "stacked layer groups",
 }
+DISTANCE_BUCKETS = 32  # of T5 (arXiv:1910.10683 section 2.1)
 
 
 def sizes(model: config.Model) -> dict[str, int]:
@@ -27,6 +30,8 @@ def sizes(model: config.Model) -> dict[str, int]:
         "H": model.head_dim,
         "F": model.ffn_dim,
         "V": model.vocab_size,
+        "R": model.max_positions,
+        "U": DISTANCE_BUCKETS,
         "L": model.groups,
     }
 
@@ -43,3 +48,13 @@ FIELDS = {
     "V": "model.vocab_size",
     "L": "model.layers / len(model.pattern)",
 }
+
+
+def is_matrix(letters: str) -> bool:
+    """Whether a parameter maps from or to the model's width: no norm scale, no bias."""
+    return "D" in letters and len(letters.replace("L", "")) > 1
+
+
+def is_inner(letters: str) -> bool:
+    """Whether it is a matrix inside a layer: neither a table that is looked up nor the output."""
+    return is_matrix(letters) and not {"V", "R"} & set(letters)

@@ -24,7 +24,7 @@ _WIDE = {"N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",)}
 # Parameters at rest: their width over fsdp (ZeRO stage 3, arXiv:1910.02054), and over context, whose
 # devices would else hold the same; their other large dimension over tensor (arXiv:1909.08053).
 # Norm scales carry only D and are sharded likewise.
-PARAMETERS = {"D": ("fsdp", "context"), **_WIDE, "H": (), "L": ()}
+PARAMETERS = {"D": ("fsdp", "context"), **_WIDE, "H": (), "L": (), "R": (), "U": ()}
 # Parameters in use: gathered over fsdp.
 GATHERED = {**PARAMETERS, "D": ()}
 # A batch as it comes from the hosts: rows over every data-parallel axis.

@@ -4,8 +4,8 @@
 
 N_matmul counts the parameters that a token is multiplied with (no embedding look-up, no norm scales;
 a tied output matrix counts). The second term is attention's two products over the causal half of the
-square. Recomputation does not count (PaLM's convention, arXiv:2204.02311 appendix B, with the half);
-MaxText's figure for 7B at T = 2048 is the same to the digit.
+square, or over the window. Recomputation does not count (PaLM's convention, arXiv:2204.02311 appendix B,
+with the half); MaxText's figure for 7B at T = 2048 is the same to the digit.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llama_jax import config, tree
+from llama_jax import config, dims, tree
 from llama_jax.model import transformer
 from llama_jax.model.kernels import SPLASH_BLOCK
 from llama_jax.model.transformer import Transformer
@@ -22,15 +22,22 @@ from llama_jax.model.transformer import Transformer
 def matmul_parameters(module: Transformer) -> int:
     labels = tree.paths(transformer.letters(module))
     sizes = {name: leaf.size for name, leaf in tree.paths(transformer.abstract(module)).items()}
-    used = sum(sizes[name] for name, label in labels.items() if len(label.strip("L")) >= 2)
-    return used if module.config.output == "tied" else used - sizes["embed"]
+    looked_up = {"positions"} if module.config.output == "tied" else {"positions", "embed"}
+    return sum(
+        sizes[name]
+        for name, label in labels.items()
+        if dims.is_matrix(label) and name not in looked_up
+    )
 
 
 def per_token(module: Transformer, seq_len: int) -> int:
     """Forward and backward FLOPs of one token in a row of `seq_len`."""
     model: config.Model = module.config
-    attention = 6 * model.layers * model.heads * model.head_dim * seq_len
-    return 6 * matmul_parameters(module) + attention
+    # Twice the mean number of keys that a query sees: T, or with a window w of T positions 2 w - w^2 / T.
+    window = min(model.window or seq_len, seq_len)
+    keys = 2 * window - window**2 / seq_len
+    attention = 6 * model.layers * model.heads * model.head_dim * keys
+    return int(6 * matmul_parameters(module) + attention)
 
 
 class Executed(NamedTuple):

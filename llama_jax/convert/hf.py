@@ -240,13 +240,25 @@ def _rope(scaling: dict[str, Any], thetas: list[float], file: Path) -> config.Ro
 
 def check_expressible(model: config.Model, whose: str = "Hugging Face's") -> None:
     """ValueError names the first setting that LlamaForCausalLM has no word for."""
-    fixed = {"norm": "rms", "position": "rope", "ffn": "swiglu", "pattern": ("self",)}
-    for name, value in fixed.items():
-        if getattr(model, name) != value:
+    ours, usual = _flat(model), _flat(config.Model())
+    for name in LLAMAS:
+        if ours[name] != usual[name]:
             raise ValueError(
-                f"model.{name}={getattr(model, name)!r} cannot be said in {whose} format, whose models "
-                f"have {value!r}; export with --format=native"
+                f"model.{name}={ours[name]!r} cannot be said in {whose} format, whose models "
+                f"have {usual[name]!r}; export with --format=native"
             )
+
+
+# Settings of which the formats of others know LLaMA's value alone.
+LLAMAS = (
+    *("pattern", "norm", "placement", "qk_norm", "position", "rope.rotary_dim", "rope.scaling"),
+    *("window", "softcap", "bias", "ffn", "mup_base_dim"),
+)
+
+
+def _flat(model: config.Model) -> dict[str, Any]:
+    rope = {f"rope.{name}": value for name, value in config.to_dict(model.rope).items()}
+    return config.to_dict(model) | rope
 
 
 def settings_of(model: config.Model, context: int, dtype: np.dtype, ids: dict) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def check_expressible(model: config.Model) -> None:
             f"model.head_dim={model.head_dim} x model.heads={model.heads} must be "
             f"model.dim={model.dim} in Meta's format; export with --format=hf or native"
         )
-    rope = config.Rope(model.rope.theta, model.rope.factor, 1.0, model.rope.high_freq_factor)
+    rope = config.Rope()
     for name in ("low_freq_factor", "original_length"):
         if getattr(model.rope, name) != getattr(rope, name):
             raise ValueError(

@@ -6,10 +6,11 @@ import flax.linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax import config
-from llama_jax.model.init import normal, param
-from llama_jax.model.kernels import KERNELS
+from llama_jax.model.init import initial, param
+from llama_jax.model.kernels import KERNELS, Scores
 from llama_jax.model.linear import linear
-from llama_jax.model.position import rotate
+from llama_jax.model.norm import NORMS
+from llama_jax.model.position import Where, rotate
 from llama_jax.sharding import Layout
 
 
@@ -18,15 +19,29 @@ class Attention(nn.Module):
     layout: Layout
 
     @nn.compact
-    def __call__(self, x_BTD, turns, segments_BT):
-        act, initialise = self.layout.act, normal(self.config)
+    def __call__(self, x_BTD, where: Where, segments_BT):
+        config, act = self.config, self.layout.act
         product = functools.partial(linear, layout=self.layout)
-        q_BNTH = act(product("BTD,DNH->BNTH", x_BTD, param(self, "q", "DNH", initialise)), "BNTH")
-        k_BKTH = act(product("BTD,DKH->BKTH", x_BTD, param(self, "k", "DKH", initialise)), "BKTH")
-        v_BKTH = act(product("BTD,DKH->BKTH", x_BTD, param(self, "v", "DKH", initialise)), "BKTH")
-        q_BNTH = checkpoint_name(rotate(q_BNTH, turns), "q")
-        k_BKTH = checkpoint_name(rotate(k_BKTH, turns), "k")
+        inner = initial(config, "inner")
+        q_BNTH = act(product("BTD,DNH->BNTH", x_BTD, param(self, "q", "DNH", inner)), "BNTH")
+        k_BKTH = act(product("BTD,DKH->BKTH", x_BTD, param(self, "k", "DKH", inner)), "BKTH")
+        v_BKTH = act(product("BTD,DKH->BKTH", x_BTD, param(self, "v", "DKH", inner)), "BKTH")
+        if config.bias in ("qkv", "all"):
+            zeros = nn.initializers.zeros
+            q_BNTH += param(self, "q_bias", "NH", zeros)[:, None]
+            k_BKTH += param(self, "k_bias", "KH", zeros)[:, None]
+            v_BKTH += param(self, "v_bias", "KH", zeros)[:, None]
+        if config.qk_norm != "none":  # arXiv:2010.04245, a scale for each entry of a head
+            norm = functools.partial(NORMS[config.qk_norm], config, self.layout, "H")
+            q_BNTH, k_BKTH = norm(name="q_norm")(q_BNTH), norm(name="k_norm")(k_BKTH)
+        q_BNTH = checkpoint_name(rotate(q_BNTH, where.turns), "q")
+        k_BKTH = checkpoint_name(rotate(k_BKTH, where.turns), "k")
         v_BKTH = checkpoint_name(v_BKTH, "v")
-        attend = KERNELS[self.config.kernel]
-        out_BNTH = act(attend(q_BNTH, k_BKTH, v_BKTH, segments_BT, self.layout), "BNTH")
-        return product("BNTH,NHD->BTD", out_BNTH, param(self, "o", "NHD", initialise))
+        attend = KERNELS[config.kernel]
+        scores = Scores(config.window, config.softcap, where.bias_NS)
+        out_BNTH = act(attend(q_BNTH, k_BKTH, v_BKTH, segments_BT, self.layout, scores), "BNTH")
+        w_NHD = param(self, "o", "NHD", initial(config, "residual"))
+        out_BTD = product("BNTH,NHD->BTD", out_BNTH, w_NHD)
+        if config.bias == "all":
+            out_BTD += param(self, "o_bias", "D", nn.initializers.zeros)
+        return out_BTD

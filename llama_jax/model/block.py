@@ -1,4 +1,7 @@
-"""One layer: pre-norm attention, then pre-norm feed-forward, each added to the residual stream."""
+"""One layer: attention and a feed-forward network, each added to the residual stream x."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 from jax.ad_checkpoint import checkpoint_name
@@ -7,26 +10,71 @@ from llama_jax import config
 from llama_jax.model.attention import Attention
 from llama_jax.model.ffn import FFNS
 from llama_jax.model.norm import NORMS
+from llama_jax.model.position import Where
 from llama_jax.sharding import Layout
 
 
 class SelfBlock(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)) (arXiv:2302.13971 section 2.2)."""
+    """Self-attention and feed-forward, norms and residuals placed as `config.placement` says."""
 
     config: config.Model
     layout: Layout
 
     @nn.compact
-    def __call__(self, x_BTD, turns, segments_BT):
-        act, norm = self.layout.act, NORMS[self.config.norm]
-        normed_BTD = norm(self.config, self.layout, name="attention_norm")(x_BTD)
-        attention = Attention(self.config, self.layout, name="attention")
-        attended_BTD = act(attention(normed_BTD, turns, segments_BT), "BTD")
-        x_BTD = x_BTD + checkpoint_name(attended_BTD, "attention_out")
-        normed_BTD = norm(self.config, self.layout, name="ffn_norm")(x_BTD)
-        normed_BTD = self.layout.materialise(normed_BTD)
-        ffn = FFNS[self.config.ffn](self.config, self.layout, name="ffn")
-        return x_BTD + checkpoint_name(act(ffn(normed_BTD), "BTD"), "ffn_out")
+    def __call__(self, x_BTD, where: Where, segments_BT):
+        def norm(name, x_BTD):
+            return NORMS[self.config.norm](self.config, self.layout, name=name)(x_BTD)
+
+        def attention(x_BTD):
+            out_BTD = Attention(self.config, self.layout, name="attention")(
+                x_BTD, where, segments_BT
+            )
+            return checkpoint_name(self.layout.act(out_BTD, "BTD"), "attention_out")
+
+        def ffn(x_BTD):
+            network = FFNS[self.config.ffn](self.config, self.layout, name="ffn")
+            out_BTD = network(self.layout.materialise(x_BTD))
+            return checkpoint_name(self.layout.act(out_BTD, "BTD"), "ffn_out")
+
+        return PLACEMENTS[self.config.placement].layer(x_BTD, attention, ffn, norm)
 
 
+def pre(x, attention, ffn, norm):
+    """LLaMA's (arXiv:2302.13971 section 2.2)."""
+    x = x + attention(norm("attention_norm", x))
+    return x + ffn(norm("ffn_norm", x))
+
+
+def post(x, attention, ffn, norm):
+    """The first transformer's (arXiv:1706.03762 section 3.1)."""
+    x = norm("attention_norm", x + attention(x))
+    return norm("ffn_norm", x + ffn(x))
+
+
+def sandwich(x, attention, ffn, norm):
+    """Before and after (CogView, arXiv:2105.13290 section 2.4)."""
+    x = x + norm("attention_out_norm", attention(norm("attention_norm", x)))
+    return x + norm("ffn_out_norm", ffn(norm("ffn_norm", x)))
+
+
+def parallel(x, attention, ffn, norm):
+    """Both from one norm, at once (arXiv:2204.02311 section 2)."""
+    normed = norm("attention_norm", x)
+    return x + attention(normed) + ffn(normed)
+
+
+class Placement(NamedTuple):
+    layer: Callable
+    norm_embedding: bool = False
+    norm_output: bool = True  # of the last layer
+
+
+# peri: sandwich, and a norm of the embedding (arXiv:2502.02732 section 3.3).
+PLACEMENTS = {
+    "pre": Placement(pre),
+    "post": Placement(post, norm_output=False),  # there is one
+    "sandwich": Placement(sandwich),
+    "peri": Placement(sandwich, norm_embedding=True),
+    "parallel": Placement(parallel),
+}
 BLOCKS = {"self": SelfBlock}

@@ -1,13 +1,15 @@
 """The position-wise network of a layer."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax import config
-from llama_jax.model.init import normal, param
+from llama_jax.model.init import initial, param
 from llama_jax.model.linear import linear
 from llama_jax.sharding import Layout
 
@@ -32,38 +34,63 @@ def _gated_backward(inputs, slope):
 gated.defvjp(_gated_forward, _gated_backward)
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate x) * up x) (arXiv:2002.05202 eq. 6)."""
+class Gated(nn.Module):
+    """down(activate(gate x, up x)): the networks of arXiv:2002.05202 eq. 6, of three matrices."""
 
     config: config.Model
     layout: Layout
+    activate: Callable
 
     @nn.compact
     def __call__(self, x_BTD):
-        act, initialise = self.layout.act, normal(self.config)
-        product = functools.partial(linear, layout=self.layout)
-        gate_BTF = product("BTD,DF->BTF", x_BTD, param(self, "gate", "DF", initialise))
-        up_BTF = product("BTD,DF->BTF", x_BTD, param(self, "up", "DF", initialise))
-        gate_BTF = checkpoint_name(act(gate_BTF, "BTF"), "gate")
-        up_BTF = checkpoint_name(act(up_BTF, "BTF"), "up")
-        hidden_BTF = gated(gate_BTF, up_BTF)
-        return product("BTF,FD->BTD", hidden_BTF, param(self, "down", "FD", initialise))
+        gate_BTF, up_BTF = _widen(self, x_BTD, "gate", "up")
+        return _narrow(self, self.activate(gate_BTF, up_BTF))
 
 
-class GELU(nn.Module):
-    """down(gelu(up x)), the network of GPT (arXiv:1606.08415, exact form)."""
+class Plain(nn.Module):
+    """down(activate(up x)), of two matrices (arXiv:1706.03762 eq. 2)."""
 
     config: config.Model
     layout: Layout
+    activate: Callable
 
     @nn.compact
     def __call__(self, x_BTD):
-        initialise = normal(self.config)
-        product = functools.partial(linear, layout=self.layout)
-        up_BTF = product("BTD,DF->BTF", x_BTD, param(self, "up", "DF", initialise))
-        up_BTF = checkpoint_name(self.layout.act(up_BTF, "BTF"), "up")
-        hidden_BTF = jax.nn.gelu(up_BTF, approximate=False)
-        return product("BTF,FD->BTD", hidden_BTF, param(self, "down", "FD", initialise))
+        return _narrow(self, self.activate(*_widen(self, x_BTD, "up")))
 
 
-FFNS = {"swiglu": SwiGLU, "gelu": GELU}
+def _widen(module, x_BTD, *names):
+    def product(name):
+        w_DF = param(module, name, "DF", initial(module.config, "inner"))
+        x_BTF = linear("BTD,DF->BTF", x_BTD, w_DF, module.layout)
+        if module.config.bias == "all":
+            x_BTF += param(module, f"{name}_bias", "F", nn.initializers.zeros)
+        return x_BTF
+
+    wide = [product(name) for name in names]
+    act = module.layout.act
+    return [checkpoint_name(act(x, "BTF"), name) for name, x in zip(names, wide, strict=True)]
+
+
+def _narrow(module, hidden_BTF):
+    w_FD = param(module, "down", "FD", initial(module.config, "residual"))
+    out_BTD = linear("BTF,FD->BTD", hidden_BTF, w_FD, module.layout)
+    if module.config.bias == "all":
+        out_BTD += param(module, "down_bias", "D", nn.initializers.zeros)
+    return out_BTD
+
+
+def _gelu(x):
+    """The exact form (arXiv:1606.08415)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+FFNS = {
+    "swiglu": functools.partial(Gated, activate=gated),
+    "geglu": functools.partial(Gated, activate=lambda gate, up: _gelu(gate) * up),
+    "reglu": functools.partial(Gated, activate=lambda gate, up: jax.nn.relu(gate) * up),
+    "gelu": functools.partial(Plain, activate=_gelu),
+    "relu": functools.partial(Plain, activate=jax.nn.relu),
+    # Primer, arXiv:2109.08668 section 3.
+    "relu2": functools.partial(Plain, activate=lambda x: jnp.square(jax.nn.relu(x))),
+}

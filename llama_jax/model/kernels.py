@@ -1,45 +1,85 @@
 """Causal grouped-query attention, in ways that differ in speed and memory, never in numbers.
 
 Every kernel maps q_BNTH, k_BKSH, v_BKSH, segments_BT (0 is padding; a query sees only keys of its own
-segment; None: one segment) and the layout to [B, N, T, H]; S = T. Scores and softmax are float32.
+segment; None: one segment), the layout and the scores' rule to [B, N, T, H]; S = T. Scores and softmax are
+float32.
 """
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from llama_jax import config
 from llama_jax.model import mask
 from llama_jax.sharding import Layout
 
 BLOCK = 128  # queries at a time; see LOG.md for the sweep
+# Of more positions than these a block waits for the one before it. Where nothing holds it TPU's compiler
+# works on all blocks at once and stores half the square: 5 GiB a layer of Llama 3.2 1B at 8,192 instead of
+# 1.5. Waiting costs a tenth to a fifth of the cycles.
+IN_ORDER_FROM = 2048
 SPLASH_BLOCK = 512  # of queries and of keys, at most
 LANES = 128  # of a TPU's vector unit: splash's blocks are multiples of it
 
 
-def reference(q_BNTH, k_BKSH, v_BKSH, segments_BT, layout: Layout):
+class Scores(NamedTuple):
+    """How q k / sqrt(H) becomes what softmax sees: capped, with a bias, hidden where out of sight."""
+
+    window: int = 0  # a query sees so many keys, its own among them; 0: all before it
+    softcap: float = 0.0  # cap x tanh(score / cap) (arXiv:2408.00118 section 2); 0: none
+    bias_NS: jax.Array | None = None  # float32, to the score of the key S positions back
+
+
+USUAL = Scores()
+
+
+def reference(q_BNTH, k_BKSH, v_BKSH, segments_BT, layout: Layout, scores: Scores = USUAL):
     """softmax(q k / sqrt(H)) v over the whole square (arXiv:1706.03762 eq. 1, arXiv:2305.13245)."""
-    visible_BTS = mask.causal(0, q_BNTH.shape[2], segments_BT)
-    out_BNTH = attend(*layout.heads(q_BNTH, k_BKSH, v_BKSH), visible_BTS)
+    visible_BTS = mask.causal(0, q_BNTH.shape[2], segments_BT, window=scores.window)
+    out_BNTH = attend(*layout.heads(q_BNTH, k_BKSH, v_BKSH), visible_BTS, scores)
     return checkpoint_name(out_BNTH, "attended")
 
 
-def attend(q_BNTH, k_BKSH, v_BKSH, visible_BTS):
+def attend(q_BNTH, k_BKSH, v_BKSH, visible_BTS, scores: Scores = USUAL):
     """Attention where `visible_BTS` says which keys a query sees."""
     B, N, T, H = q_BNTH.shape
     K = k_BKSH.shape[1]
     q_BKGTH = (q_BNTH * H**-0.5).reshape(B, K, N // K, T, H)
     score = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scores_BKGTS = score("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH)
+    scores_BKGTS = _capped(score("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH), scores.softcap)
+    if scores.bias_NS is not None:
+        bias_NTS = _by_distance(scores.bias_NS, slice(0, T), slice(0, k_BKSH.shape[2]))
+        scores_BKGTS += bias_NTS.reshape(K, N // K, T, -1)
     scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, mask.HIDDEN)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype)
     out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS, v_BKSH)
     return out_BKGTH.reshape(B, N, T, H)
 
 
-def blockwise(q_BNTH, k_BKSH, v_BKSH, segments_BT, layout: Layout):
+def _capped(scores, softcap: float):
+    return softcap * jnp.tanh(scores / softcap) if softcap else scores
+
+
+def _by_distance(bias_NS, rows: slice, keys: slice):
+    """The bias of each query of `rows` to each key of `keys`, [N, rows, keys]; after the query any number.
+
+    Row i is row 0 moved by i. Repeated end to end and cut into rows one shorter, an array moves by one a
+    row: no gather, and no scatter in the gradient, both slow on a TPU.
+    """
+    N, T, S = bias_NS.shape[0], rows.stop - rows.start, keys.stop - keys.start
+    nearest_first_NS = bias_NS[:, : rows.stop - keys.start]  # of the last query
+    # From the farthest key of the last query to keys after the first one.
+    line_NX = jnp.pad(nearest_first_NS[:, ::-1], ((0, 0), (0, T + S - nearest_first_NS.shape[1])))
+    line_NX = jnp.roll(line_NX, -(T - 1), axis=1)
+    moved = jnp.tile(line_NX, (1, T))[:, : T * (T + S - 1)]
+    return moved.reshape(N, T, T + S - 1)[:, :, :S]
+
+
+def blockwise(q_BNTH, k_BKSH, v_BKSH, segments_BT, layout: Layout, scores: Scores = USUAL):
     """One block of queries at a time, against the keys up to its end: half the square is skipped.
 
     Never stores T x S scores (arXiv:2112.05682); the backward pass computes each block's again
@@ -49,57 +89,79 @@ def blockwise(q_BNTH, k_BKSH, v_BKSH, segments_BT, layout: Layout):
     B, N, T, H = q_BNTH.shape
     K = k_BKSH.shape[1]
     q_BKGTH = (q_BNTH * H**-0.5).reshape(B, K, N // K, T, H)
-    return _blocks(q_BKGTH, k_BKSH, v_BKSH, segments_BT).reshape(B, N, T, H)
+    out_BKGTH = _blocks(q_BKGTH, k_BKSH, v_BKSH, segments_BT, *reversed(scores))
+    return out_BKGTH.reshape(B, N, T, H)
 
 
-@jax.custom_vjp
-def _blocks(q_BKGTH, k_BKSH, v_BKSH, segments_BT):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _blocks(q_BKGTH, k_BKSH, v_BKSH, segments_BT, bias_NS, softcap, window):
     blocks = []
     G = q_BKGTH.shape[2]
-    for rows, visible_BXS in _causal_blocks(G, k_BKSH, segments_BT):
-        weights_BKXS = _weights(_block(q_BKGTH, rows), k_BKSH[:, :, : rows.stop], visible_BXS)
+    for rows, keys, visible_BXS in _causal_blocks(G, k_BKSH, segments_BT, window):
+        bias_KXS = _block_bias(bias_NS, rows, keys, G)
+        weights_BKXS, _ = _weights(
+            _block(q_BKGTH, rows), k_BKSH[:, :, keys], visible_BXS, bias_KXS, softcap
+        )
         weights_BKXS = weights_BKXS.astype(v_BKSH.dtype)
-        out_BKXH = jnp.einsum("BKXS,BKSH->BKXH", weights_BKXS, v_BKSH[:, :, : rows.stop])
+        out_BKXH = jnp.einsum("BKXS,BKSH->BKXH", weights_BKXS, v_BKSH[:, :, keys])
+        out_BKXH, q_BKGTH = _in_order(out_BKXH, q_BKGTH)
         blocks.append(_unblock(out_BKXH, G))
     return jnp.concatenate(blocks, axis=3)
 
 
-def _blocks_forward(q_BKGTH, k_BKSH, v_BKSH, segments_BT):
-    out_BKGTH = checkpoint_name(_blocks(q_BKGTH, k_BKSH, v_BKSH, segments_BT), "attended")
-    return out_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, segments_BT, out_BKGTH)
+def _blocks_forward(q_BKGTH, k_BKSH, v_BKSH, segments_BT, bias_NS, softcap, window):
+    out_BKGTH = _blocks(q_BKGTH, k_BKSH, v_BKSH, segments_BT, bias_NS, softcap, window)
+    out_BKGTH = checkpoint_name(out_BKGTH, "attended")
+    return out_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, segments_BT, bias_NS, out_BKGTH)
 
 
-def _blocks_backward(saved, slope_BKGTH):
+def _blocks_backward(softcap, window, saved, slope_BKGTH):
     """With p the weights and dp = slope v: d scores = p (dp - sum_S p dp), and that sum is slope . out."""
-    q_BKGTH, k_BKSH, v_BKSH, segments_BT, out_BKGTH = saved
+    q_BKGTH, k_BKSH, v_BKSH, segments_BT, bias_NS, out_BKGTH = saved
     G = q_BKGTH.shape[2]
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     sums_BKGT1 = product("BKGTH,BKGTH->BKGT", slope_BKGTH, out_BKGTH)[..., None]
     q_slopes, k_slope, v_slope = [], 0.0, 0.0
-    for rows, visible_BXS in _causal_blocks(G, k_BKSH, segments_BT):
+    bias_slope = None if bias_NS is None else 0.0
+    for rows, keys, visible_BXS in _causal_blocks(G, k_BKSH, segments_BT, window):
         q, slope, sums = (_block(x, rows) for x in (q_BKGTH, slope_BKGTH, sums_BKGT1))
-        k, v = k_BKSH[:, :, : rows.stop], v_BKSH[:, :, : rows.stop]
-        weights_BKXS = _weights(q, k, visible_BXS)
+        k, v = k_BKSH[:, :, keys], v_BKSH[:, :, keys]
+        of_bias = functools.partial(_block_bias, rows=rows, keys=keys, G=G)
+        weights_BKXS, capped_BKXS = _weights(q, k, visible_BXS, of_bias(bias_NS), softcap)
         scores_slope_BKXS = weights_BKXS * (product("BKXH,BKSH->BKXS", slope, v) - sums)
+        if bias_NS is not None:
+            (more,) = jax.vjp(of_bias, bias_NS)[1](jnp.sum(scores_slope_BKXS, axis=0))
+            bias_slope += more
+        if softcap:  # d cap tanh(x / cap) / d x = 1 - tanh^2
+            scores_slope_BKXS *= 1 - jnp.square(capped_BKXS / softcap)
         scores_slope_BKXS = scores_slope_BKXS.astype(q.dtype)
         q_slopes.append(_unblock(jnp.einsum("BKXS,BKSH->BKXH", scores_slope_BKXS, k), G))
-        padding = ((0, 0), (0, 0), (0, k_BKSH.shape[2] - rows.stop), (0, 0))
+        padding = ((0, 0), (0, 0), (keys.start, k_BKSH.shape[2] - keys.stop), (0, 0))
         k_slope += jnp.pad(product("BKXS,BKXH->BKSH", scores_slope_BKXS, q), padding)
         v_slope += jnp.pad(product("BKXS,BKXH->BKSH", weights_BKXS.astype(v.dtype), slope), padding)
+        (k_slope, v_slope), slope_BKGTH = _in_order((k_slope, v_slope), slope_BKGTH)
     q_slope = jnp.concatenate(q_slopes, axis=3)
-    return q_slope, k_slope.astype(k_BKSH.dtype), v_slope.astype(v_BKSH.dtype), None
+    return q_slope, k_slope.astype(k_BKSH.dtype), v_slope.astype(v_BKSH.dtype), None, bias_slope
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
-def _causal_blocks(G, k_BKSH, segments_BT):
-    """(rows of T, which of the keys up to their end each of the G x T rows sees) of each block of queries."""
+def _in_order(done, inputs_BKGTH):
+    """The same two, the second of which cannot be read before the first is there."""
+    if inputs_BKGTH.shape[3] <= IN_ORDER_FROM:
+        return done, inputs_BKGTH
+    return jax.lax.optimization_barrier((done, inputs_BKGTH))
+
+
+def _causal_blocks(G, k_BKSH, segments_BT, window):
+    """(rows of T, their keys, which of those each of the G x T rows sees) of each block of queries."""
     length = k_BKSH.shape[2]
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
-        visible_BTS = mask.causal(start, stop, segments_BT)
-        yield slice(start, stop), jnp.tile(visible_BTS, (1, G, 1))
+        low = max(0, start - window + 1) // BLOCK * BLOCK if window else 0
+        visible_BTS = mask.causal(start, stop, segments_BT, low, window)
+        yield slice(start, stop), slice(low, stop), jnp.tile(visible_BTS, (1, G, 1))
 
 
 def _block(x_BKGTH, rows):
@@ -112,14 +174,24 @@ def _unblock(x_BKXH, G):
     return x_BKXH.reshape(B, K, G, X // G, H)
 
 
-def _weights(q_BKXH, k_BKSH, visible_BXS):
-    """float32 softmax of the scores of scaled queries."""
+def _block_bias(bias_NS, rows, keys, G):
+    if bias_NS is None:
+        return None
+    bias_NTS = _by_distance(bias_NS, rows, keys)
+    return bias_NTS.reshape(-1, G * bias_NTS.shape[1], bias_NTS.shape[2])
+
+
+def _weights(q_BKXH, k_BKSH, visible_BXS, bias_KXS, softcap):
+    """float32 softmax of the scores of scaled queries, and those as the cap left them."""
     scores_BKXS = jnp.einsum("BKXH,BKSH->BKXS", q_BKXH, k_BKSH, preferred_element_type=jnp.float32)
+    capped_BKXS = scores_BKXS = _capped(scores_BKXS, softcap)
+    if bias_KXS is not None:
+        scores_BKXS += bias_KXS
     scores_BKXS = jnp.where(visible_BXS[:, None], scores_BKXS, mask.HIDDEN)
-    return jax.nn.softmax(scores_BKXS, axis=-1)
+    return jax.nn.softmax(scores_BKXS, axis=-1), capped_BKXS
 
 
-def splash(q_BNTH, k_BKSH, v_BKSH, segments_BT, layout: Layout):
+def splash(q_BNTH, k_BKSH, v_BKSH, segments_BT, layout: Layout, scores: Scores = USUAL):
     """JAX's Pallas kernel for TPU v4 and later; each device attends with its own heads and rows."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -139,6 +211,7 @@ def splash(q_BNTH, k_BKSH, v_BKSH, segments_BT, layout: Layout):
         kernel = library.make_splash_mha(
             heads, block_sizes=sizes, head_shards=1, q_seq_shards=1,
             residual_checkpoint_name="attended",
+            attn_logits_soft_cap=scores.softcap or None,
         )  # fmt: skip
         own = None if segments_BT is None else library.SegmentIds(segments_BT, segments_BT)
         return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, own)
@@ -147,7 +220,7 @@ def splash(q_BNTH, k_BKSH, v_BKSH, segments_BT, layout: Layout):
     return layout.on_own_heads(local, scaled_BNTH, k_BKSH, v_BKSH, segments_BT)
 
 
-def cudnn(q_BNTH, k_BKSH, v_BKSH, segments_BT, layout: Layout):
+def cudnn(q_BNTH, k_BKSH, v_BKSH, segments_BT, layout: Layout, scores: Scores = USUAL):
     """NVIDIA's fused kernel (arXiv:2307.08691), for 16-bit types on GPUs; each device its own heads."""
 
     def local(q_BNTH, k_BKSH, v_BKSH, segments_BT):
@@ -161,6 +234,18 @@ def cudnn(q_BNTH, k_BKSH, v_BKSH, segments_BT, layout: Layout):
         return checkpoint_name(jnp.einsum("BTNH->BNTH", out_BTNH), "attended")
 
     return layout.on_own_heads(local, q_BNTH, k_BKSH, v_BKSH, segments_BT)
+
+
+def unable(model: config.Model, kernel: str) -> str:
+    """What of the model's attention the kernel does not do; "" if it does all."""
+    asked = {
+        f"model.position={model.position!r}": model.position in ("alibi", "t5"),
+        f"model.window={model.window}": model.window > 0,
+        f"model.softcap={model.softcap}": model.softcap > 0 and kernel != "splash",
+    }
+    if kernel in ("reference", "blockwise"):
+        return ""
+    return next((what for what, is_asked in asked.items() if is_asked), "")
 
 
 KERNELS = {"reference": reference, "blockwise": blockwise, "splash": splash, "cudnn": cudnn}

@@ -6,12 +6,16 @@ import jax.numpy as jnp
 HIDDEN = -1e30
 
 
-def causal(start: int, stop: int, segments_BT=None):
-    """Queries start..stop against keys 0..stop: not after the query, and of its own segment.
+def causal(start: int, stop: int, segments_BT=None, low: int = 0, window: int = 0):
+    """Queries start..stop against keys low..stop: not after the query, of its own segment, and in its window.
 
-    Boolean [B or 1, stop - start, stop].
+    A window of w: the query's own key and the w - 1 before it (arXiv:2004.05150 section 3.1); 0: no
+    limit. Boolean [B or 1, stop - start, stop - low].
     """
-    visible = (jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :])[None]
+    query, key = jnp.arange(start, stop)[:, None], jnp.arange(low, stop)[None, :]
+    visible = (query >= key)[None]
+    if window:
+        visible &= (query - key < window)[None]
     if segments_BT is None:
         return visible
-    return visible & (segments_BT[:, start:stop, None] == segments_BT[:, None, :stop])
+    return visible & (segments_BT[:, start:stop, None] == segments_BT[:, None, low:stop])

@@ -60,22 +60,37 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
 class RMSNorm(nn.Module):
     config: config.Model
     layout: Layout
+    letter: str = "D"  # of the dimension that is normalised
 
     @nn.compact
-    def __call__(self, x_BTD):
-        scale_D = param(self, "scale", "D", nn.initializers.ones)
-        return rms_norm(x_BTD, scale_D, self.config.norm_eps)
+    def __call__(self, x):
+        scale = param(self, "scale", self.letter, nn.initializers.ones)
+        return rms_norm(x, scale, self.config.norm_eps)
 
 
 class LayerNorm(nn.Module):
     config: config.Model
     layout: Layout
+    letter: str = "D"
 
     @nn.compact
-    def __call__(self, x_BTD):
-        scale_D = param(self, "scale", "D", nn.initializers.ones)
-        bias_D = param(self, "bias", "D", nn.initializers.zeros)
-        return layer_norm(x_BTD, scale_D, bias_D, self.config.norm_eps)
+    def __call__(self, x):
+        scale = param(self, "scale", self.letter, nn.initializers.ones)
+        bias = param(self, "bias", self.letter, nn.initializers.zeros)
+        return layer_norm(x, scale, bias, self.config.norm_eps)
 
 
-NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+class PlainNorm(nn.Module):
+    """Layer norm without scale and bias (OLMo, arXiv:2402.00838 section 2.1)."""
+
+    config: config.Model
+    layout: Layout
+    letter: str = "D"
+
+    @nn.compact
+    def __call__(self, x):
+        one, zero = (jnp.full((), value, x.dtype) for value in (1, 0))
+        return layer_norm(x, one, zero, self.config.norm_eps)
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm, "plain": PlainNorm}

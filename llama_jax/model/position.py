@@ -1,35 +1,69 @@
-"""Where a token stands: position schemes that act on queries and keys.
+"""Where a token stands: what a position scheme gives to the network.
 
-A scheme is a function `(model, positions_BT) -> turns`, computed once a forward pass; `rotate` applies
-the turns to every layer's queries and keys. Rotary embedding is half-split: entry i pairs with entry
-i + H/2. Meta's checkpoints interleave the pairs.
+A scheme is a function `(module, positions_BT) -> Where`, called once a forward pass by the transformer,
+whose parameters it may add to. Rotary embedding is half-split: entry i pairs with entry i + H/2. Meta's
+checkpoints interleave the pairs.
 """
 
 import math
+from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import config
+from llama_jax import config, dims
+from llama_jax.model.init import initial, param
+
+
+class Where(NamedTuple):
+    """What layers need to know of positions; None: nothing of the kind."""
+
+    added_BTD: jax.Array | None = None  # to the embedding
+    turns: tuple[jax.Array, jax.Array] | None = None  # cosine and sine, for queries and keys
+    bias_NS: jax.Array | None = None  # float32, to the score of the key S positions back
 
 
 def frequencies(head_dim: int, rope: config.Rope, dtype: type = np.float64) -> np.ndarray:
     """Radians a position for each of the H/2 pairs, [h] (arXiv:2104.09864 section 3.2.2).
 
-    With factor != 1, the scaling of Llama 3.1 (arXiv:2407.21783; the rule is in Meta's llama-models):
-    wavelengths longer than original/low are stretched by the factor, those shorter than
-    original/high are left alone, between them the two are blended. Each step is rounded to `dtype`.
+    Those past rope.rotary_dim are 0 (GPT-NeoX, arXiv:2204.06745 section 2.1.1). Each step is rounded to
+    `dtype`.
     """
-    exponents = np.arange(0, head_dim, 2, dtype) / dtype(head_dim)
-    inverse = 1 / (rope.theta ** exponents.astype(np.float64)).astype(dtype)
+    turning = rope.rotary_dim or head_dim
+    exponents = np.arange(0, turning, 2, dtype) / dtype(turning)
+    theta = rope.theta
+    if rope.scaling == "ntk":
+        theta *= rope.factor ** (turning / (turning - 2))
+    inverse = 1 / (theta ** exponents.astype(np.float64)).astype(dtype)
+    if rope.scaling != "ntk":
+        inverse = SCALINGS[rope.scaling](inverse, rope)
+    return np.concatenate([inverse, np.zeros((head_dim - turning) // 2, dtype)])
+
+
+def _linear(inverse, rope):
+    """Positions as if they were closer together (arXiv:2306.15595 eq. 4)."""
+    return inverse / rope.factor
+
+
+def _by_parts(inverse, rope):
+    """Llama 3.1's (arXiv:2407.21783; the rule is in Meta's llama-models), YaRN's (arXiv:2309.00071 eq. 13).
+
+    Wavelengths longer than original/low are stretched by the factor, those shorter than original/high
+    are left alone, between them the two are blended.
+    """
     turns = rope.original_length * inverse / (2 * math.pi)  # in the original context
     blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     keep = np.clip(blend, 0, 1)
     return inverse * (keep + (1 - keep) / rope.factor)
 
 
-def rope(model: config.Model, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+# "ntk" changes theta instead, so that the fastest pair stays and the slowest is stretched by the factor.
+SCALINGS = {"linear": _linear, "llama3": _by_parts, "yarn": _by_parts}
+
+
+def rope_turns(model: config.Model, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of every angle, float32 [B, T, h].
 
     Frequencies are rounded to float32 at every step, as in Meta's code and Hugging Face's, with which
@@ -39,11 +73,80 @@ def rope(model: config.Model, positions_BT: jax.Array) -> tuple[jax.Array, jax.A
     """
     inverse_h = jnp.asarray(frequencies(model.head_dim, model.rope, np.float32), jnp.float32)
     angles_BTh = positions_BT[..., None].astype(jnp.float32) * inverse_h
-    return jnp.cos(angles_BTh), jnp.sin(angles_BTh)
+    cos_BTh, sin_BTh = jnp.cos(angles_BTh), jnp.sin(angles_BTh)
+    if model.rope.scaling == "yarn":
+        # Queries and keys both grow: scores by its square (arXiv:2309.00071 eq. 15).
+        grow = 0.1 * math.log(model.rope.factor) + 1
+        return cos_BTh * grow, sin_BTh * grow
+    return cos_BTh, sin_BTh
 
 
-def none(model: config.Model, positions_BT: jax.Array) -> None:
+def rope(module: nn.Module, positions_BT: jax.Array) -> Where:
+    """Rotary embedding (arXiv:2104.09864)."""
+    return Where(turns=rope_turns(module.config, positions_BT))
+
+
+def none(module: nn.Module, positions_BT: jax.Array) -> Where:
     """No position at all; the causal mask alone tells order (NoPE, arXiv:2305.19466)."""
+    return Where()
+
+
+def learned(module: nn.Module, positions_BT: jax.Array) -> Where:
+    """A vector for each position, added to the embedding (GPT-2; arXiv:1706.03762 section 3.5)."""
+    table_RD = param(module, "positions", "RD", initial(module.config, "table"))
+    return Where(added_BTD=table_RD[positions_BT])
+
+
+def sinusoidal(module: nn.Module, positions_BT: jax.Array) -> Where:
+    """Sines and cosines of D/2 frequencies, added to the embedding (arXiv:1706.03762 section 3.5).
+
+    Scaled to the embedding's standard deviation: there the embedding is multiplied by sqrt(D), here it
+    is as small as it is initialised.
+    """
+    model = module.config
+    inverse_d = jnp.asarray(1e4 ** (-np.arange(0, model.dim, 2) / model.dim), jnp.float32)
+    angles_BTd = positions_BT[..., None].astype(jnp.float32) * inverse_d
+    waves_BTD = jnp.stack([jnp.sin(angles_BTd), jnp.cos(angles_BTd)], axis=-1)
+    waves_BTD = waves_BTD.reshape(*positions_BT.shape, -1)[..., : model.dim]
+    return Where(added_BTD=(waves_BTD * (model.init_std * 2**0.5)).astype(model.compute_dtype))
+
+
+def alibi(module: nn.Module, positions_BT: jax.Array) -> Where:
+    """Scores fall linearly with distance, in each head at its own slope (arXiv:2108.12409 section 3)."""
+    slopes_N = alibi_slopes(module.config.heads)
+    distances_S = np.arange(positions_BT.shape[1])
+    return Where(bias_NS=jnp.asarray(-np.outer(slopes_N, distances_S), jnp.float32))
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """2^(-8 i / n), i from 1, for n heads; of other numbers than powers of two those of the power below,
+    then every second one of the power above (section 3, footnote 10 and the authors' code)."""
+    power = 2 ** int(math.log2(heads))
+    below = 2.0 ** (-8 * np.arange(1, power + 1) / power)
+    above = 2.0 ** (-8 * np.arange(1, 2 * power + 1) / (2 * power))
+    return np.concatenate([below, above[::2][: heads - power]])
+
+
+FAR = 128  # T5: from this distance on one bucket (arXiv:1910.10683 section 2.1)
+
+
+def t5(module: nn.Module, positions_BT: jax.Array) -> Where:
+    """A learned number for each head and bucket of distances, the same in every layer.
+
+    Half of the buckets are single distances, half grow logarithmically up to FAR.
+    """
+    table_NU = param(module, "distances", "NU", initial(module.config, "table"))
+    buckets_S = t5_buckets(positions_BT.shape[1])
+    return Where(bias_NS=table_NU.astype(jnp.float32)[:, buckets_S])
+
+
+def t5_buckets(distances: int) -> np.ndarray:
+    """The bucket of each distance 0, 1, ..., [S]."""
+    single = dims.DISTANCE_BUCKETS // 2
+    distance_S = np.arange(distances)
+    beyond = np.log(np.maximum(distance_S, single) / single) / math.log(FAR / single)
+    large = single + (beyond * (dims.DISTANCE_BUCKETS - single)).astype(int)
+    return np.where(distance_S < single, distance_S, np.minimum(large, dims.DISTANCE_BUCKETS - 1))
 
 
 def rotate(x_BNTH: jax.Array, turns: tuple[jax.Array, jax.Array] | None) -> jax.Array:
@@ -83,4 +186,11 @@ def _rotate_backward(turns, slope_BNTH):
 _rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
-POSITIONS = {"rope": rope, "none": none}
+POSITIONS = {
+    "rope": rope,
+    "learned": learned,
+    "sinusoidal": sinusoidal,
+    "alibi": alibi,
+    "t5": t5,
+    "none": none,
+}

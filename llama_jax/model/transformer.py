@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax import config, tree
-from llama_jax.model.block import BLOCKS
+from llama_jax.model import kernels
+from llama_jax.model.block import BLOCKS, PLACEMENTS
 from llama_jax.model.ffn import FFNS
-from llama_jax.model.init import normal, param
+from llama_jax.model.init import INITS, initial, mup_ratio, param
 from llama_jax.model.kernels import KERNELS
 from llama_jax.model.norm import NORMS
-from llama_jax.model.position import POSITIONS
+from llama_jax.model.position import POSITIONS, Where
 from llama_jax.sharding import Layout
 
 
@@ -76,10 +77,10 @@ class Group(nn.Module):
     layout: Layout
 
     @nn.compact
-    def __call__(self, x_BTD, turns, segments_BT):
+    def __call__(self, x_BTD, where: Where, segments_BT):
         for i, kind in enumerate(self.config.pattern):
             block = BLOCKS[kind](self.config, self.layout, name=f"{kind}_{i}")
-            x_BTD = block(x_BTD, turns, segments_BT)
+            x_BTD = block(x_BTD, where, segments_BT)
         return x_BTD, None
 
 
@@ -92,10 +93,15 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, tokens_BT, positions_BT, segments_BT=None) -> Hidden:
         config, act = self.config, self.layout.act
-        initialise = normal(config)
-        w_VD = param(self, "embed", "VD", initialise)
+        norm = functools.partial(NORMS[config.norm], config, self.layout)
+        placement = PLACEMENTS[config.placement]
+        w_VD = param(self, "embed", "VD", initial(config, "table"))
         x_BTD = act(w_VD[tokens_BT], "BTD")
-        turns = POSITIONS[config.position](config, positions_BT)
+        where = POSITIONS[config.position](self, positions_BT)
+        if where.added_BTD is not None:
+            x_BTD = act(x_BTD + where.added_BTD, "BTD")
+        if placement.norm_embedding:
+            x_BTD = norm(name="embed_norm")(x_BTD)
         body = Group
         if config.remat != "none" or self.layout.mesh.size > 1:
             body = nn.remat(Group, policy=REMAT[config.remat], prevent_cse=False)
@@ -108,20 +114,28 @@ class Transformer(nn.Module):
             unroll=config.unroll,
             metadata_params={nn.PARTITION_NAME: "L"},
         )
-        x_BTD, _ = groups(config, self.layout, name="groups")(x_BTD, turns, segments_BT)
-        x_BTD = NORMS[config.norm](config, self.layout, name="norm")(x_BTD)
+        x_BTD, _ = groups(config, self.layout, name="groups")(x_BTD, where, segments_BT)
+        if placement.norm_output:
+            x_BTD = norm(name="norm")(x_BTD)
+        if config.init == "mup":
+            x_BTD = x_BTD / mup_ratio(config)
         if config.output == "tied":
             return Hidden(x_BTD, jnp.einsum("VD->DV", w_VD))
-        return Hidden(x_BTD, param(self, "output", "DV", initialise))
+        return Hidden(x_BTD, param(self, "output", "DV", initial(config, "output")))
 
 
 def build(model: config.Model, layout: Layout) -> Transformer:
     """The module, after checking that its slots exist and that its parameters divide by the mesh."""
     for slots, field in (
-        *((NORMS, "norm"), (POSITIONS, "position"), (FFNS, "ffn"), (KERNELS, "kernel")),
-        *((REMAT, "remat"),),
+        *((NORMS, "norm"), (PLACEMENTS, "placement"), (POSITIONS, "position"), (FFNS, "ffn")),
+        *((INITS, "init"), (KERNELS, "kernel"), (REMAT, "remat")),
+        (("none", *NORMS), "qk_norm"),
     ):
         config.choose(slots, getattr(model, field), f"model.{field}")
+    if what := kernels.unable(model, model.kernel):
+        raise ValueError(
+            f"model.kernel={model.kernel!r} cannot do {what}; set model.kernel to 'blockwise'"
+        )
     for kind in model.pattern:
         config.choose(BLOCKS, kind, "model.pattern")
     module = Transformer(model, layout)

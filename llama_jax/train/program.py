@@ -9,7 +9,7 @@ import optax
 from llama_jax import config
 from llama_jax.data import iterator
 from llama_jax.data.batch import Batch
-from llama_jax.model import transformer
+from llama_jax.model import init, transformer
 from llama_jax.model.transformer import Transformer
 from llama_jax.sharding import Layout
 from llama_jax.train import loss, optim, step
@@ -30,7 +30,8 @@ def build(run: config.Run, layout: Layout) -> Program:
     """ValueError if the model or the batch does not divide by the layout."""
     layout.check_rows(run.train.batch_size // run.train.microbatches)
     module = transformer.build(run.model, layout)
-    tx = optim.build(run.optim, run.train.steps, transformer.letters(module))
+    letters, ratio = transformer.letters(module), init.mup_ratio(run.model)
+    tx = optim.build(run.optim, run.train.steps, letters, ratio)
     objective = loss.next_token(module, run.train.loss_chunks, run.train.z_loss, run.data.segments)
     rate = optim.schedule(run.optim, run.train.steps)
     places = train_state.shardings(module, tx, layout)

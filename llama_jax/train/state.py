@@ -30,16 +30,23 @@ def abstract(module: Transformer, tx: optax.GradientTransformation) -> State:
 
 
 def shardings(module: Transformer, tx: optax.GradientTransformation, layout: Layout) -> State:
-    """The sharding of each leaf. What the optimiser keeps for each parameter lies like the parameter."""
+    """The sharding of each leaf. What the optimiser keeps for each entry of a parameter lies like it.
+
+    Sums over its rows or columns (Adafactor) are small and everywhere.
+    """
     of_params = jax.tree.map(layout.param, transformer.letters(module))
     shapes = abstract(module, tx)
-    of_optimiser = optax.tree_map_params(
-        tx,
-        lambda _, sharding: sharding,
-        shapes.opt_state,
-        of_params,
-        transform_non_params=lambda _: layout.replicated,
-    )
+    places = dict(jax.tree.leaves_with_path(of_params))
+    sizes = {path: leaf.shape for path, leaf in jax.tree.leaves_with_path(shapes.params)}
+
+    def place(path, leaf):
+        """Its path ends in that of a parameter."""
+        ends = (path[i:] for i in range(len(path)))
+        return next(
+            (places[end] for end in ends if sizes.get(end) == leaf.shape), layout.replicated
+        )
+
+    of_optimiser = jax.tree.map_with_path(place, shapes.opt_state)
     replicated = jax.tree.map(lambda _: layout.replicated, shapes)
     return replicated.replace(params=of_params, opt_state=of_optimiser)
 

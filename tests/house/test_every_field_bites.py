@@ -20,11 +20,18 @@ BASE = config.Model(
 )  # fmt: skip
 WHAT = {
     "vocab_size": 43, "dim": 30, "layers": 4, "heads": 3, "kv_heads": 6, "head_dim": 6,
-    "ffn_dim": 22, "pattern": ("self", "self"), "norm": "layer", "norm_eps": 1e-3,
-    "position": "none", "ffn": "gelu", "output": "tied", "init_std": 0.03, "compute_dtype": "bfloat16",
+    "ffn_dim": 22, "pattern": ("self", "self"), "norm": "layer", "norm_eps": 1e-3, "placement": "post",
+    "qk_norm": "rms", "position": "none", "window": 3, "softcap": 1.0, "bias": "qkv", "ffn": "gelu",
+    "output": "tied", "init": "depth_scaled", "init_std": 0.03, "compute_dtype": "bfloat16",
     "rope.theta": 100.0, "rope.factor": 2.0, "rope.low_freq_factor": 2.0,
-    "rope.high_freq_factor": 5.0, "rope.original_length": 32,
+    "rope.high_freq_factor": 5.0, "rope.original_length": 32, "rope.scaling": "yarn",
+    "rope.rotary_dim": 2,
 }  # fmt: skip
+# Those of one choice, and the choice.
+OF = {
+    "max_positions": (dict(position="learned", max_positions=40), 50),
+    "mup_base_dim": (dict(init="mup", mup_base_dim=8), 16),
+}
 HOW = {"kernel": "reference", "remat": "full", "unroll": 2}
 
 
@@ -59,6 +66,17 @@ def test_what_is_computed_changes(field, layout):
     assert shapes != new_shapes or np.abs(logits - new_logits).max() > 1e-4 * np.abs(logits).max()
 
 
+@pytest.mark.parametrize("field", OF)
+def test_what_belongs_to_a_choice_changes_it(field, layout):
+    chosen, value = OF[field]
+    before = dataclasses.replace(BASE, **chosen)
+    shapes, logits = outcome(before, layout)
+    new_shapes, new_logits = outcome(dataclasses.replace(before, **{field: value}), layout)
+    assert shapes != new_shapes or np.abs(logits - new_logits).max() > 1e-4 * np.abs(logits).max()
+    with pytest.raises(ValueError, match=f"model.{field}.*has no effect"):
+        dataclasses.replace(BASE, **{field: value})
+
+
 @pytest.mark.parametrize("field", HOW)
 def test_how_it_is_computed_changes_the_program_but_not_the_numbers(field, layout):
     shapes, logits = outcome(BASE, layout)
@@ -79,4 +97,4 @@ def program(model, layout):
 def test_every_field_is_tried():
     fields = {f.name for f in dataclasses.fields(config.Model)} - {"rope"}
     fields |= {f"rope.{f.name}" for f in dataclasses.fields(config.Rope)}
-    assert fields == {*WHAT, *HOW}
+    assert fields == {*WHAT, *OF, *HOW}

@@ -11,7 +11,7 @@ import pytest
 from llama_jax import config, sharding, tree
 from llama_jax.data.batch import Batch
 from llama_jax.model import transformer
-from llama_jax.train import loss, optim, state, step
+from llama_jax.train import loss, optim, program, state, step
 
 # Sizes divide by 8 and by 2, and differ.
 MODEL = config.Model(
@@ -179,3 +179,28 @@ def test_rows_that_do_not_divide_raise():
     layout = sharding.make(config.Mesh(data=2, fsdp=4), jax.devices())
     with pytest.raises(ValueError, match=r"batch: train.batch_size .*=12 .* must divide by 8"):
         layout.check_rows(12)
+
+
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_optimisers_have_the_numbers_of_one_device(name):
+    """Three steps: what they keep is no copy of the parameters, or is computed from whole matrices."""
+
+    def losses(mesh, devices):
+        run = config.Run(
+            model=MODEL,
+            data=config.Data(seq_len=8),
+            optim=dataclasses.replace(OPTIM, name=name),
+            train=config.Train(batch_size=16, steps=10),
+            mesh=mesh,
+        )
+        built = program.build(run, sharding.make(mesh, devices))
+        layout = built.module.layout
+        now, found = state.init(built.module, built.tx, layout, seed=0), []
+        for seed in range(3):
+            now, metrics = built.step(now, batch(layout, seed))
+            found.append(float(metrics.loss))
+        return found
+
+    one = losses(config.Mesh(), jax.devices()[:1])
+    np.testing.assert_allclose(losses(config.Mesh(fsdp=4, tensor=2), jax.devices()), one, rtol=1e-5)
+    assert one[2] < one[0]

@@ -1,3 +1,6 @@
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,18 +66,111 @@ def test_schedule_at_every_step():
 
 
 def test_linear_schedule_ends_at_the_fraction():
-    import dataclasses
-
     ours = optim.schedule(dataclasses.replace(SETTINGS, schedule="linear"), 10)
     assert float(ours(3)) == pytest.approx(0.03)
     assert float(ours(10)) == pytest.approx(0.003)
     assert float(ours(3 + 3.5)) == pytest.approx((0.03 + 0.003) / 2)
 
 
+def test_wsd_holds_the_peak_and_falls_at_the_end():
+    """arXiv:2404.06395: of 100 steps after warm-up the last 20."""
+    settings = dataclasses.replace(SETTINGS, schedule="wsd", decay_fraction=0.2)
+    ours = optim.schedule(settings, 103)
+    assert [float(ours(step)) for step in (3, 50, 83)] == pytest.approx([0.03] * 3)
+    assert float(ours(93)) == pytest.approx((0.03 + 0.003) / 2)
+    assert float(ours(103)) == pytest.approx(0.003)
+
+
+def test_inverse_square_root_falls_from_the_end_of_warm_up():
+    """arXiv:1706.03762 eq. 3: step^-0.5 against step x warm-up^-1.5, which meet at the end of warm-up."""
+    ours = optim.schedule(dataclasses.replace(SETTINGS, schedule="inverse_sqrt"), 100)
+    for step in range(1, 100):
+        expected = 0.03 * 3**0.5 * min(step**-0.5, step * 3**-1.5)
+        assert float(ours(step)) == pytest.approx(expected, rel=1e-6)
+
+
+def newton_schulz(matrix):
+    """Five steps of Jordan's quintic towards the nearest orthogonal matrix."""
+    x = matrix / np.linalg.norm(matrix)
+    x = x.T if x.shape[0] > x.shape[1] else x
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def test_muon_orthogonalises_each_layers_matrices_and_leaves_the_rest_to_adamw():
+    """arXiv:2502.16982 eq. 4, at the first step: momentum is the gradient."""
+    letters = {"q": "LDNH", "o": "LNHD", "embed": "VD", "scale": "LD"}
+    shapes = {"q": (2, 6, 2, 4), "o": (2, 2, 4, 6), "embed": (5, 6), "scale": (2, 6)}
+    rng = np.random.default_rng(0)
+    params, gradient = (
+        {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+        for _ in range(2)
+    )
+    tx = optim.build(dataclasses.replace(SETTINGS, name="muon", warmup_steps=0), 10, letters)
+    updates, _ = tx.update(gradient, tx.init(params), params)
+    for name, sides in (("q", (6, 8)), ("o", (8, 6))):
+        for layer in range(2):
+            turned = newton_schulz(gradient[name][layer].reshape(sides).astype(np.float64))
+            expected = -0.03 * (0.2 * 8**0.5 * turned + 0.1 * params[name][layer].reshape(sides))
+            np.testing.assert_allclose(updates[name][layer].reshape(sides), expected, atol=2e-4)
+    for name, decay in (("embed", 0.1), ("scale", 0)):
+        expected = -0.03 * (np.sign(gradient[name]) + decay * params[name])
+        np.testing.assert_allclose(updates[name], expected, rtol=1e-4)
+
+
+def test_adafactor_moves_by_a_share_of_the_parameters_size():
+    """arXiv:1804.04235 algorithm 4 at the first step, not factored: sign(g) x rate x rms(w); and the decay."""
+    params = {"matrix": jnp.full((1, 2, 2), 3.0), "scale": jnp.full((1, 2), 0.5)}
+    gradient = jax.tree.map(lambda p: -0.1 * p, params)
+    tx = optim.build(dataclasses.replace(SETTINGS, **ADAFACTOR), 10, LETTERS)
+    updates, _ = tx.update(gradient, tx.init(params), params)
+    np.testing.assert_allclose(updates["scale"], 0.03 * 0.5, rtol=1e-5)
+    np.testing.assert_allclose(updates["matrix"], 0.03 * 3 - 0.03 * 0.1 * 3, rtol=1e-5)
+
+
+ADAFACTOR = dict(name="adafactor", warmup_steps=0, beta1=0.9, beta2=0.95, eps=1e-8)
+
+
+def test_mup_slows_inner_matrices_alone():
+    letters = {"q": "LDNH", "down": "LFD", "embed": "VD", "output": "DV", "scale": "LD"}
+    shapes = {
+        "q": (1, 2, 1, 2),
+        "down": (1, 2, 2),
+        "embed": (3, 2),
+        "output": (2, 3),
+        "scale": (1, 2),
+    }
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    settings = dataclasses.replace(SETTINGS, warmup_steps=0, weight_decay=0.0)
+    updates = {}
+    for ratio in (1.0, 4.0):
+        tx = optim.build(settings, 10, letters, ratio)
+        updates[ratio], _ = tx.update(params, tx.init(params), params)
+    slower = {name: float(updates[1.0][name].mean() / updates[4.0][name].mean()) for name in params}
+    assert slower == pytest.approx({"q": 4, "down": 4, "embed": 1, "output": 1, "scale": 1})
+
+
+@pytest.mark.parametrize(
+    ("settings", "place"),
+    [
+        (dict(name="lion", eps=1e-7), "optim.eps=1e-07 has no effect"),
+        (dict(name="adafactor", beta1=0.8), "optim.beta1=0.8 has no effect"),
+        (dict(decay_fraction=0.3), "optim.decay_fraction=0.3 has no effect"),
+        (
+            dict(schedule="inverse_sqrt", final_fraction=0.0),
+            "optim.final_fraction=0.0 has no effect",
+        ),
+    ],
+)
+def test_a_setting_without_effect_is_refused(settings, place):
+    with pytest.raises(ValueError, match=re.escape(place)):
+        config.Optim(**settings)
+
+
 def test_lion_moves_by_the_sign():
     """arXiv:2302.06675 algorithm 2: update = sign(b1 m + (1 - b1) g)."""
-    import dataclasses
-
     tx = optim.build(dataclasses.replace(SETTINGS, name="lion", warmup_steps=0), 10, LETTERS)
     params = {"matrix": jnp.ones((1, 2, 2)), "scale": jnp.ones((1, 2))}
     gradient = jax.tree.map(lambda p: -0.1 * p, params)
@@ -85,8 +181,6 @@ def test_lion_moves_by_the_sign():
 
 @pytest.mark.parametrize(("field", "wrong"), [("name", "adam"), ("schedule", "cosin")])
 def test_an_unknown_choice_names_the_nearest(field, wrong):
-    import dataclasses
-
     nearest = {"name": "adamw", "schedule": "cosine"}[field]
     with pytest.raises(ValueError, match=rf"optim\.{field}='{wrong}'.*nearest: '{nearest}'"):
         optim.build(dataclasses.replace(SETTINGS, **{field: wrong}), 10, LETTERS)
