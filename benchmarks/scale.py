@@ -112,13 +112,18 @@ def main() -> None:
             plan = figures.plan(run, run.mesh.hardware, compile=True)
             kept[key] = {"run": config.to_dict(run), "plan": dataclasses.asdict(plan)}
             RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
-        write(kept)
+            write(kept)
+    write(kept)
 
 
 def key_of(run: config.Run) -> str:
     """What decides the compiler's answer, but for this project's code."""
     options = hardware.compiler_options(hardware.SLICES[run.mesh.hardware].device)
-    asked = [config.to_dict(run), options, metadata.version("jax"), _libtpu()]
+    usual = config.flatten(config.Run())
+    changed = {
+        place: value for place, value in config.flatten(run).items() if value != usual.get(place)
+    }
+    asked = [changed, options, metadata.version("jax"), _libtpu()]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
@@ -143,17 +148,12 @@ def write(kept: dict) -> None:
         "|---" * len(header) + "|",
     ]
     for run, plan in rows:
-        share = sum(plan.parts.values()) and _formula(plan) / plan.hbm_gib_per_chip
-        cells = [title(run), str(run.data.seq_len), *command.row(run, plan), f"{share:.2f}"]
+        formula = figures.plan(run, plan.slice, compile=False).hbm_gib_per_chip
+        share = f"{formula / plan.hbm_gib_per_chip:.2f}"
+        cells = [title(run), str(run.data.seq_len), *command.row(run, plan), share]
         lines.append(f"| {' | '.join(cells)} |")
     _, mark, notes = PAGE.read_text().partition("\n## Reading it")
     PAGE.write_text("\n".join(lines) + "\n" + mark + notes)
-
-
-def _formula(plan: figures.Plan) -> float:
-    from llama_jax.analysis import memory
-
-    return memory.Need(**plan.parts).total
 
 
 def _libtpu() -> str:

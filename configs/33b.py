@@ -7,7 +7,7 @@ cosine to 10% (section 2.3).
 
 Compiled for slices, estimated (docs/scale.md): recomputation, memory a chip, MFU in series to products alone.
 
-    :v4_128    dots       24.7 GiB of 30.75   MFU 36 to 60%
+    :v4_128    linear     25.8 GiB of 30.75   MFU 58 to 66%
 """
 
 from configs import base, mixtures, sizes

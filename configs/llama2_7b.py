@@ -7,7 +7,7 @@ steps, cosine to 10%.
 
 Compiled for slices, estimated (docs/scale.md): recomputation, memory a chip, MFU in series to products alone.
 
-    :v4_32     linear     24.6 GiB of 30.75   MFU 50 to 70%
+    :v4_32     linear     18.4 GiB of 30.75   MFU 53 to 64%
 """
 
 from configs import base, mixtures, sizes

@@ -5,6 +5,10 @@ schedule below); this page is the last step, in batches of 16M tokens. 30.84M H1
 card.
 
     python -m experiments.train --config=configs/llama31_405b.py --workdir=DIR
+
+Compiled for slices, estimated (docs/scale.md): recomputation, memory a chip, MFU in series to products alone.
+
+    :v5p_1024  linear     68.0 GiB of 95   MFU 43 to 75%
 """
 
 from configs import base, mixtures, sizes

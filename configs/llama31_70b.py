@@ -5,6 +5,10 @@ schedule below); this page is the last step, in batches of 16M tokens. 7.0M H100
 card.
 
     python -m experiments.train --config=configs/llama31_70b.py --workdir=DIR
+
+Compiled for slices, estimated (docs/scale.md): recomputation, memory a chip, MFU in series to products alone.
+
+    :v5p_1024  linear     75.9 GiB of 95   MFU 38 to 68%
 """
 
 from configs import base, mixtures, sizes

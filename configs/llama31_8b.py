@@ -5,6 +5,10 @@ schedule below); this page is the last step, in batches of 16M tokens. 1.46M H10
 card.
 
     python -m experiments.train --config=configs/llama31_8b.py --workdir=DIR
+
+Compiled for slices, estimated (docs/scale.md): recomputation, memory a chip, MFU in series to products alone.
+
+    :v5p_128   none       79.9 GiB of 95   MFU 40 to 74%
 """
 
 from configs import base, mixtures, sizes

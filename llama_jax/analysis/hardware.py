@@ -15,6 +15,7 @@ class Device(NamedTuple):
     link_gb_s: float = 0  # one link between chips (GPUs: all of a GPU's links), one way
     links: int = 0  # of a chip
     hbm_gb_s: float = 0  # read or written
+    dcn_gb_s: float = 0  # a device's share of the data centre's network, one way
 
 
 # TPU rates and memory: cloud.google.com/tpu/docs/system-architecture-tpu-vm; memory is what the compiler
@@ -23,14 +24,15 @@ class Device(NamedTuple):
 # doi:10.1145/3360307, v4 arXiv:2304.01433 table 4; of the later ones peak rate over operations a cycle.
 # Bandwidth of HBM: the same pages and data sheets; of v2 and v3 half a chip's.
 # Links: v2 and v3 doi:10.1145/3360307 (496 and 656 Gbit/s), v4 arXiv:2304.01433 (50 GB/s), less what
-# measurements reach (jax-ml.github.io/scaling-book: 45, 90).
+# measurements reach (jax-ml.github.io/scaling-book: 45, 90). The data centre's network: 6.4 Tbit/s for the
+# 256 chips of a v5e pod and 25.6 for those of v6e, 50 Gbit/s a chip of v5p (the same pages).
 DEVICES = {
     "TPU v2": Device(22.5, 0, 7.5, 0.7, 62, 4, 350),
     "TPU v3": Device(61.5, 110, 15.5, 0.94, 82, 4, 450),
     "TPU v4": Device(275, 170, 30.75, 1.05, 45, 6, 1228),
-    "TPU v5 lite": Device(197, 0, 15.75, 1.503, 45, 4, 819),
-    "TPU v5": Device(459, 0, 95.0, 1.75, 90, 6, 2765),
-    "TPU v6 lite": Device(918, 0, 31.25, 1.75, 90, 4, 1640),
+    "TPU v5 lite": Device(197, 0, 15.75, 1.503, 45, 4, 819, 3.125),
+    "TPU v5": Device(459, 0, 95.0, 1.75, 90, 6, 2765, 6.25),
+    "TPU v6 lite": Device(918, 0, 31.25, 1.75, 90, 4, 1640, 12.5),
     "NVIDIA A100": Device(312, 400, 74.0, 0, 300, 1, 2039),
     "NVIDIA H100": Device(989.4, 700, 74.0, 0, 450, 1, 3350),
     "NVIDIA H200": Device(989.4, 700, 130.0, 0, 450, 1, 4800),

@@ -16,6 +16,7 @@ import jax
 import psutil
 
 from llama_jax import config
+from llama_jax.model.kernels import BLOCK, IN_ORDER_FROM
 
 
 class Need(NamedTuple):
@@ -41,13 +42,16 @@ class Work(NamedTuple):
     gathered: float  # times tokens x model width, where heads and widths are over tensor
 
 
-# Solved from the compiled steps of docs/scale.md, which compares them all.
+# Solved from compiled steps; docs/scale.md compares them all with what it gives.
 WORK = {
+    "TPU v2": Work(1.1, 7.7, 0.0, 0.0),
+    "TPU v3": Work(1.1, 7.7, 0.0, 0.0),
     "TPU v4": Work(2.1, 3.5, 4.4, 6.2),
     "TPU v5": Work(2.1, 3.5, 4.4, 6.2),
     "TPU v5 lite": Work(0.3, 6.3, 2.8, 2.9),
     "TPU v6 lite": Work(0.3, 6.3, 2.8, 2.9),
 }
+SCORES = 3.1  # times the float32 scores that attention in blocks holds at once, on TPUs
 LANES = 128  # the last dimension of an array takes a multiple of it in a TPU's memory
 
 
@@ -77,7 +81,8 @@ def of_bytes(
         gradients=(in_compute_dtype + parameters * (run.train.microbatches > 1)) / 2**30,
         activations=own * stored(model) * width / 2**30,
         logits=(logits + across * 2 * gathered) / 2**30,
-        work=_work(model, own, width, mesh["tensor"], WORK.get(device_kind)) / 2**30,
+        work=_work(model, own, width, mesh["tensor"], WORK.get(device_kind), run.data.seq_len)
+        / 2**30,
     )
 
 
@@ -144,7 +149,9 @@ def offloaded(run: config.Run) -> float:
     return run.tokens_per_step / parts * model.layers * numbers * width
 
 
-def _work(model: config.Model, tokens: float, width: int, tensor: int, work: Work | None) -> float:
+def _work(
+    model: config.Model, tokens: float, width: int, tensor: int, work: Work | None, seq_len: int
+) -> float:
     if work is None:
         return 0.0
     attention, keys = model.heads * model.head_dim, 2 * model.kv_heads * model.head_dim
@@ -152,7 +159,10 @@ def _work(model: config.Model, tokens: float, width: int, tensor: int, work: Wor
     narrow = model.dim + attention + keys
     arrays = work.wide * model.ffn_dim + work.narrow * narrow
     arrays += (tensor > 1) * tensor * work.gathered * model.dim
-    return width * (work.weights * weights + tokens * arrays)
+    # Half the square at once, or a block of its rows (kernels.py).
+    keys = seq_len / 2 if seq_len <= IN_ORDER_FROM else BLOCK
+    scores = 4 * tokens * model.heads * keys if model.kernel == "blockwise" else 0
+    return width * (work.weights * weights + tokens * arrays) + SCORES * scores
 
 
 def _local(shapes: Any) -> float:

@@ -14,11 +14,13 @@ import jax
 
 from llama_jax import config, sharding
 from llama_jax.analysis import flops, hardware, memory
+from llama_jax.model import kernels
 from llama_jax.plan import roofline
 from llama_jax.train import program as programs
 
-# Reduce-scatters become all-reduces when a shard has fewer rows than a tile: 16 at FSDP 256 of width 4096.
-SMALLEST_SHARD = 64
+# Gathers and reduce-scatters become all-reduces of whole parameters when a shard is not a multiple of a
+# tile's rows (104 of width 6656 at FSDP 64) or has few of them (16 of width 4096 at FSDP 256).
+TILE, SMALLEST_SHARD = 16, 64
 SPARE = 0.92  # of the memory: the formula is within 10% of the compiler
 LOGITS_GIB = 1.0  # of one chunk of the loss, at most
 # From compiled steps (docs/scale.md), all that is not a product included: FLOPs a second over the peak rate;
@@ -77,7 +79,8 @@ def _candidates(run: config.Run, name: str, slice_: hardware.Slice) -> Iterator[
     chips = slice_.devices // slice_.slices
     powers = [2**n for n in range(chips.bit_length()) if 2**n <= chips]
     contexts = [n for n in powers if run.data.seq_len // n >= 8192] or [1]
-    model = dataclasses.replace(run.model, kernel=slice_.kernel)
+    kernel = "blockwise" if kernels.unable(run.model, slice_.kernel) else slice_.kernel
+    model = dataclasses.replace(run.model, kernel=kernel)
     for tensor, context, fsdp in itertools.product((1, 2, 4, 8), contexts, powers):
         data, rest = divmod(chips, tensor * context * fsdp)
         rows = data * fsdp * slice_.slices
@@ -105,6 +108,7 @@ def _divides(run: config.Run, shards: int, tensor: int, context: int) -> bool:
     return (
         model.dim % shards == 0
         and (shards == 1 or model.dim // shards >= SMALLEST_SHARD)
+        and (shards == 1 or model.dim // shards % TILE == 0)
         and all(size % tensor == 0 for size in wide)
         and model.heads % (tensor * context) == 0
         and run.data.seq_len % (tensor * context) == 0
@@ -113,6 +117,8 @@ def _divides(run: config.Run, shards: int, tensor: int, context: int) -> bool:
 
 def _policies(run: config.Run) -> Iterator[config.Run]:
     for remat in REMAT:
+        if remat == "none" and run.mesh.tensor > 1:
+            continue  # much more is kept than memory.py counts: 405B, 81 GiB by formula, did not fit into 95
         yield dataclasses.replace(run, model=dataclasses.replace(run.model, remat=remat))
 
 
@@ -143,7 +149,7 @@ def _seconds(run: config.Run, flops_per_token: float, slice_: hardware.Slice) ->
         / mesh.tensor
     )  # bytes of one layer's parameters in bfloat16
     gather = dict(kind="all-gather", bytes=layer, parts=mesh.fsdp * mesh.context)
-    weights = 3 * model.layers * roofline.collective(gather, slice_) * (mesh.fsdp > 1)
+    weights = model.layers * roofline.collective(gather, slice_) * (mesh.fsdp > 1)
     rows = mesh.slices * mesh.data * mesh.fsdp
     row = 2 * run.tokens_per_step / run.train.microbatches / rows / mesh.context
     between = dict(kind="all-gather", bytes=row * model.dim, parts=mesh.tensor)
@@ -152,10 +158,16 @@ def _seconds(run: config.Run, flops_per_token: float, slice_: hardware.Slice) ->
     heads = row * model.head_dim * 2 * (model.heads + model.kv_heads) / mesh.tensor
     exchange = dict(kind="all-to-all", bytes=heads, parts=mesh.context)
     activations += 3 * roofline.collective(exchange, slice_) * (mesh.context > 1)
-    # Gathers of weights hide behind products; those of activations stand between them, and whether copies to
-    # the host hide behind anything is not known.
-    between_layers = run.train.microbatches * model.layers * activations
-    return max(products, run.train.microbatches * weights) + between_layers + kept_by_host
+    # Weights are gathered behind the products, forward and backward; their gradients are reduced behind them
+    # by sparse cores alone. Activations are exchanged between them. Whether copies to the host hide behind
+    # anything is not known.
+    micro = run.train.microbatches
+    hidden = 3 if slice_.device in hardware.SPARSE_CORES else 2
+    between_products = micro * ((3 - hidden) * weights + model.layers * activations)
+    if mesh.slices > 1:  # and the shards of gradients of one slice are added to another's
+        shard = layer / (mesh.fsdp * mesh.context)
+        between_products += micro * model.layers * shard / (device.dcn_gb_s * 1e9)
+    return max(products, micro * hidden * weights) + between_products + kept_by_host
 
 
 @functools.cache

@@ -47,6 +47,12 @@ def test_the_bracket_goes_from_cycles_alone_to_everything_in_series():
     assert took.high == pytest.approx(2 + 2 + 2 * 0.3125)
 
 
+def test_nothing_is_faster_than_the_peak():
+    """Kernels have no cycles: 1,100 TFLOP, most of them in kernels, take four seconds at 275 a second."""
+    took = roofline.seconds(compiled([])._replace(flops=1100e12), V4_32)
+    assert took.low == pytest.approx(4)
+
+
 def test_work_that_is_scheduled_beside_a_collective_covers_it():
     half = gather(started=True, covered=0.15625 * 1.05e9)
     assert roofline.seconds(compiled([half]), V4_32).exposed == pytest.approx(0.3125)
@@ -62,3 +68,10 @@ def test_the_slow_end_waits_for_the_host():
     took = roofline.seconds(compiled([]), V4_32, offloaded=8e9)
     assert took.host == pytest.approx(1)  # 8 GB there and back at 16 GB/s
     assert took.high == pytest.approx(2 + 2 + 1)
+
+
+def test_slices_exchange_over_the_data_centres_network():
+    """6.4 Tbit/s for 256 chips of v5e; what is received comes while something is sent."""
+    two = hardware.SLICES["v5e_256x2"]
+    assert roofline.collective(gather(kind="send", bytes=1e9), two) == pytest.approx(256 * 8 / 6400)
+    assert roofline.collective(gather(kind="recv", bytes=1e9), two) == 0
