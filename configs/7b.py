@@ -9,6 +9,7 @@ Compiled for slices, estimated (docs/scale.md): recomputation, memory a chip, MF
 
     :v4_32     linear     18.4 GiB of 30.75   MFU 56 to 63%
     :v3_32     linear      9.8 GiB of 15.5   MFU 57 to 65%
+    :v5e_256x2 attention  13.8 GiB of 15.75   MFU 62 to 74%
 """
 
 from configs import base, mixtures, sizes
