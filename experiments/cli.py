@@ -3,8 +3,9 @@
 import contextlib
 import ctypes
 import difflib
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import ml_collections
 from absl import app, flags, logging
@@ -81,22 +82,25 @@ def slice_of(run: config.Run) -> str:
     return run.mesh.hardware
 
 
-def run(main: Callable[[], int], *errors: type[Exception]) -> None:
-    """Parse the flags, run `main`, exit with its code; 1 and one line for what a user can mend."""
+def run(main: Callable[[], int], *errors: type[Exception], settings: Sequence[str] = ()) -> None:
+    """Parse the flags, run `main`, exit with its code; 1 and one line for what a user can mend.
+
+    settings: what there is behind --config., for the message on one that there is not; a run's if empty.
+    """
+    known = [f"--config.{place}" for place in settings or config.flatten(config.Run())]
     try:
-        app.run(lambda _: _guarded(main, errors), flags_parser=_parse)
+        app.run(lambda _: _guarded(main, errors), flags_parser=functools.partial(_parse, known))
     except KeyboardInterrupt:
         _stop("interrupted", 130)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(known: list[str], argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
         # What a page raised comes with its traceback; its own words are at the end.
         _stop(str(error).rpartition("\nValueError: ")[2].strip(), 2)
     except (*USER_ERRORS, TypeError, AttributeError, KeyError) as error:
-        known = [f"--config.{place}" for place in config.flatten(config.Run())]
         _stop(_unknown_setting(argv, known) or _plain(error), 2)
     if rest[1:]:
         _stop(f"unexpected argument {rest[1]!r}; settings are given as --config.part.name=value", 2)
@@ -115,7 +119,8 @@ def _unknown_setting(argv: list[str], known: list[str]) -> str:
     """A message on the first --config.part.name that is not known; "" if there is none."""
     for argument in argv[1:]:
         name = argument.partition("=")[0]
-        if name.startswith("--config.") and ".sources." not in name and name not in known:
+        is_open = ".sources." in name or ".axes." in name
+        if name.startswith("--config.") and not is_open and name not in known:
             return f"unknown setting {name}; nearest: {difflib.get_close_matches(name, known, 1, 0)[0]}"
     return ""
 

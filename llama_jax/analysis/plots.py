@@ -26,3 +26,26 @@ def loss(rows: list[dict[str, Any]], baselines: dict[str, float], path: Path, ti
     axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def scaling(runs: tuple[Any, Any, Any], law: Any, path: Path) -> None:
+    """Losses of runs (N, D, loss) against tokens, one line a size, and the law through them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import numpy as np
+    from matplotlib import pyplot
+
+    N, D, losses = runs
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    tokens = np.geomspace(D.min() / 2, D.max() * 2, 100)
+    for i, size in enumerate(np.unique(N)):
+        colour, of = f"C{i % 10}", size == N
+        axes.plot(D[of], losses[of], "o", color=colour, label=f"{size:,.0f} parameters")
+        axes.plot(tokens, law.loss(size, tokens), "-", color=colour, linewidth=1)
+    axes.axhline(law.E, color="grey", linestyle=":", label=f"E = {law.E:.3f}")
+    axes.set(xscale="log", xlabel="tokens", ylabel="loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

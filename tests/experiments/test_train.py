@@ -187,7 +187,7 @@ ERRORS = {
     "heads": (["--config.model.kv_heads=3"], 1, "model.kv_heads=3 must divide model.heads=4; try 1, 2 or 4"),
     "vocabulary": (["--config.model.vocab_size=300"], 1, "model.vocab_size=300 but the tokenizer (byte) has 259"),
     "no corpus": (["--config.data.sources.corpus.path=/nowhere/*.txt"], 1, "/nowhere/*.txt"),
-    "choice": (["--config.optim.name=adamm"], 1, "optim.name='adamm' is not one of adamw, lion; nearest: 'adamw'"),
+    "choice": (["--config.optim.name=adamm"], 1, "optim.name='adamm' is not one of adamw, lion, adafactor, muon; nearest: 'adamw'"),
     "argument": (["stray"], 2, "unexpected argument 'stray'"),
 }  # fmt: skip
 

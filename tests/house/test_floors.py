@@ -13,8 +13,8 @@ FLOORS = [
     {"sharding", "tokenizer"},
     {"model", "data"},
     {"train", "decode", "convert"},
-    {"analysis"},
-    {"plan"},
+    {"analysis", "eval"},
+    {"plan", "study"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 WITHOUT_JAX = ("tokenizer", "config.py", "dims.py")

@@ -1,0 +1,33 @@
+"""What the studies here start from: a network for a laptop on Python's standard library."""
+
+import ml_collections
+
+from configs import base, mixtures, sizes
+
+SEQ_LEN = 256
+# A look at the whole thing in minutes; too short to conclude anything.
+QUICK = {
+    "seeds": 2,
+    "base": {
+        "train": {"steps": 60},
+        "optim": {"warmup_steps": 10},
+        "eval": {"every": 20, "rows": 64},
+    },
+}
+
+
+def run() -> ml_collections.ConfigDict:
+    """300K parameters, 3M tokens: less than one epoch of the text."""
+    page = base.page(
+        "",
+        sizes.RESEARCH_300K,
+        mixtures.STDLIB,
+        tokens=3e6,
+        train=dict(batch_size=16),
+        optim=dict(learning_rate=3e-3, warmup_steps=50),
+        checkpoint=dict(every=1000, keep=1),
+        eval=dict(every=25, rows=512),
+        log=dict(every=25, tensorboard="off"),
+    )
+    page.data.seq_len = SEQ_LEN
+    return page

@@ -1,0 +1,19 @@
+"""RMS or layer norm, before or after: each with each.
+
+python -m experiments.ablate --config=configs/ablations/norm.py --workdir=DIR
+"""
+
+from configs.ablations import base
+from llama_jax.study import schema
+
+
+def get_config():
+    return schema.edit(
+        base.run(),
+        axes={
+            "norm": {"rms": {}, "layer": {"model": {"norm": "layer"}}},
+            "placement": {"pre": {}, "post": {"model": {"placement": "post"}}},
+        },
+        grid="full",
+        quick=base.QUICK,
+    )

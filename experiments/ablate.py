@@ -1,0 +1,263 @@
+"""Ablate a network: `python -m experiments.ablate --config=configs/ablations/position.py --workdir=DIR`.
+
+Every cell of the study, every seed, one run after another; started again with the same command the study
+goes on where it was, and a run that failed is tried again. The report is written anew after each run:
+report.html, report.md, report.tex and report.csv. --list prints the runs; --only=k/N takes every N-th from
+the k-th on, for job arrays that share a workdir; --only=NAME takes one; --report-only writes the report of
+what is there.
+"""
+
+import dataclasses
+import functools
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from experiments import cli, hosts, overview, session
+from llama_jax import config
+from llama_jax.analysis import memory, runcard
+from llama_jax.data import mixture, prepare
+from llama_jax.eval import score
+from llama_jax.study import grid, record, report, schema
+from llama_jax.train import checkpoint, loop
+
+CONFIG = cli.define_config()
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the study keeps everything it writes.")
+LIST = flags.DEFINE_bool("list", False, "Print the runs and stop.")
+ONLY = flags.DEFINE_string(
+    "only", "", "k/N: every N-th run from the k-th on. Or the name of a run."
+)
+REPORT_ONLY = flags.DEFINE_bool("report-only", False, "Write the report of what is there and stop.")
+
+FAILURES = (ValueError, OSError, loop.Anomaly, checkpoint.SaveError, RuntimeError)
+
+
+def main() -> int:
+    study = schema.freeze(CONFIG.value, config_flags.get_override_values(flags.FLAGS["config"]))
+    found = grid.cells(study)
+    runs = grid.runs(study, found)
+    chosen = choose(runs)
+    if LIST.value:
+        for cell, seed in chosen:
+            print(command_of(cell, seed))
+        return 0
+    if WORKDIR.value is None:
+        raise ValueError("--workdir must name the folder of the study")
+    workdir = Path(WORKDIR.value).expanduser().absolute()
+    if REPORT_ONLY.value:
+        claim(workdir, study, must_exist=True)
+        return write(study, found, workdir)
+
+    hosts.join(study.base.mesh.hardware)
+    cli.tune_for_cpu()
+    hosts.together(lambda: claim(workdir, study))
+    cache = Path(study.base.data.cache).expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+    if hosts.first():
+        print("\n".join(describe(study, found)))
+    start = time.perf_counter()
+    view = overview.Overview(workdir, runs, quiet=not hosts.first())
+    with loop.Interrupt() as interrupt, view:
+        trained, failed = run_all(study, found, chosen, workdir, interrupt, view)
+    if interrupt.signal:
+        print(f"{interrupt.signal}: saved; run the same command to go on:\n  {command()}")
+        return 0
+    if trained:
+        share = trained / (time.perf_counter() - start)
+        print(f"{share:.0%} of the time was spent in training steps")
+    code = write(study, found, workdir) if hosts.first() else 0
+    hosts.agree(True)
+    return 1 if failed else code
+
+
+def choose(runs: list) -> list:
+    """What --only leaves. ValueError if it is neither k/N nor a run."""
+    if not ONLY.value:
+        return runs
+    k, slash, n = ONLY.value.partition("/")
+    if slash and k.isdigit() and n.isdigit():
+        if not 1 <= int(k) <= int(n):
+            raise ValueError(f"--only={ONLY.value} must be k/N with k from 1 to N")
+        return runs[int(k) - 1 :: int(n)]
+    names = {name_of(cell, seed): (cell, seed) for cell, seed in runs}
+    return [config.choose(names, ONLY.value, "--only")]
+
+
+def name_of(cell: grid.Cell, seed: int) -> str:
+    return f"{cell.name}-seed{seed}"
+
+
+def run_all(study, found, chosen, workdir, interrupt, view) -> tuple[float, int]:
+    """Seconds in training steps and failures of this session."""
+    machines, trained, failed = {}, 0.0, 0
+    for cell, seed in chosen:
+        folder = record.folder(workdir, cell, seed)
+        if hosts.first_says(record.state(folder) == "done"):
+            continue
+        view.begin(cell, seed)
+        try:
+            if cell.name not in machines:
+                machines[cell.name] = session.Machine(cell.run)
+            trained += run_one(study, cell, seed, machines[cell.name], folder, interrupt, view)
+        except FAILURES as error:
+            failed += 1
+            if hosts.first():
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / record.FAILED).write_text(
+                    f"{str(error).strip() or type(error).__name__}\n"
+                )
+            view.fail(cell, seed, error)
+        if interrupt.signal:
+            break
+        view.end(cell, seed)
+        if hosts.first():
+            make(study, found, workdir)
+    return trained, failed
+
+
+def run_one(study, cell, seed, machine, folder, interrupt, view) -> float:
+    """Train, score at every length, write the card. Seconds in training steps, in this session."""
+    run = grid.seeded(cell.run, seed)
+    hosts.together(lambda: session.claim(folder, run))
+    if hosts.first():
+        (folder / record.FAILED).unlink(missing_ok=True)
+    prepared = prepared_for(run.data, run.model.vocab_size)
+    before = seconds_of(folder)
+    result = session.train(run, folder, machine, prepared, interrupt, view.console)
+    if not result.interrupted:
+        scores = scores_of(study, run, machine, result.state.params, prepared)
+        if hosts.first():
+            need = memory.need(run, machine.program.state, machine.kind)
+            card = session.card(
+                run, result, prepared, command_of(cell, seed), {"memory_gib": need.total}
+            )
+            runcard.write(card, folder)
+            record.write_scores(folder, scores)  # last: it says that the run is done
+    return result.seconds - before
+
+
+def seconds_of(folder: Path) -> float:
+    path = folder / "metrics.jsonl"
+    rows = path.read_text().splitlines() if path.exists() else []
+    return json.loads(rows[-1])["seconds"] if rows else 0.0
+
+
+def scores_of(study, run, machine, params, prepared) -> dict[int, score.Scores]:
+    """At each length at which the network is defined: a table of positions ends with what was trained."""
+    rows = np.stack(mixture.validation_rows(prepared, run.eval.rows))
+    longest = max(study.lengths)
+    rows = rows[: len(rows) // longest * longest]
+    if not len(rows):
+        raise ValueError(
+            f"lengths={study.lengths} needs at least {longest} held-out rows; there are {len(rows)} of "
+            f"eval.rows={run.eval.rows}"
+        )
+    table = run.model.max_positions
+    at_once = run.tokens_per_step // run.train.microbatches
+    return {
+        times: score.windows(machine.program.module, params, rows, times, at_once)
+        for times in study.lengths
+        if not table or times * run.data.seq_len <= table
+    }
+
+
+def prepared_for(data: config.Data, vocab_size: int) -> prepare.Prepared:
+    """Rows do not depend on the seed of their order: prepared once for all runs."""
+    return _prepared(dataclasses.replace(data, seed=0), vocab_size)
+
+
+@functools.lru_cache(maxsize=8)
+def _prepared(data: config.Data, vocab_size: int) -> prepare.Prepared:
+    return session.prepare_once(data, vocab_size)
+
+
+def claim(workdir: Path, study: schema.Study, must_exist: bool = False) -> None:
+    """Make the workdir this study's. ValueError if it is another's."""
+    path = workdir / "study.json"
+    ours = json.loads(json.dumps(schema.to_dict(study)))
+    if path.exists():
+        differing = differences(json.loads(path.read_text()), ours)
+        if differing:
+            raise ValueError(
+                f"--workdir={workdir} holds another study; it differs in\n  "
+                + "\n  ".join(differing)
+                + "\ngive a new --workdir, or the settings of the study that is there"
+            )
+    elif must_exist:
+        raise ValueError(f"--workdir={workdir} holds no study: there is no {path.name}")
+    elif hosts.first():
+        workdir.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(ours, indent=2) + "\n")
+        temporary.replace(path)
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Settings that change results; more seeds and cells may be added to a study that is there."""
+    base = config.diff(config.from_dict(old["base"]), config.from_dict(new["base"]), essential=True)
+    same = ("match", "lengths")
+    return base + [f"{name}: {old[name]} -> {new[name]}" for name in same if old[name] != new[name]]
+
+
+def describe(study: schema.Study, found: list[grid.Cell]) -> list[str]:
+    """What there will be, and what was matched."""
+    base = found[0]
+    lines = [
+        f"{len(found)} cells x {study.seeds} seeds; the base is {base.name}; matched: {study.match}"
+    ]
+    width = max(len(cell.name) for cell in found)
+    for cell in found:
+        more = cell.parameters / base.parameters - 1
+        flops = cell.flops_per_token / base.flops_per_token - 1
+        lines.append(
+            f"  {cell.name:{width}}  ffn_dim {cell.run.model.ffn_dim}  "
+            f"{cell.parameters:,} parameters ({more:+.2%})  "
+            f"{cell.flops_per_token:,} FLOPs a token ({flops:+.2%})"
+        )
+    return lines
+
+
+def make(study, found, workdir) -> report.Report:
+    results = record.collect(workdir, found, study.seeds)
+    commands = {"": command()} | {
+        name_of(cell, seed): command_of(cell, seed) for cell, seed in grid.runs(study, found)
+    }
+    return report.write(title(), study, results, commands, workdir)
+
+
+def write(study, found, workdir) -> int:
+    header, body = report.results(make(study, found, workdir))
+    rows = [header, *body]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print(
+            "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        )
+    print(f"written to {workdir}: report.html, report.md, report.tex, report.csv")
+    return 0
+
+
+def title() -> str:
+    page = next((a.partition("=")[2] for a in sys.argv if a.startswith("--config=")), "")
+    return f"Ablation: {Path(page.partition(':')[0]).stem}"
+
+
+def command(*more: str) -> str:
+    """This study's, without what chooses among its runs."""
+    kept = [a for a in sys.argv[1:] if not a.startswith(("--only", "--list", "--report-only"))]
+    return shlex.join(["python", "-m", "experiments.ablate", *kept, *more])
+
+
+def command_of(cell: grid.Cell, seed: int) -> str:
+    return command(f"--only={name_of(cell, seed)}")
+
+
+if __name__ == "__main__":
+    cli.run(main, loop.Anomaly, checkpoint.SaveError, RuntimeError, settings=schema.settings())

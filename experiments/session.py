@@ -1,0 +1,238 @@
+"""One run in its workdir: started or gone on with, trained, recorded. What `train` and `ablate` share.
+
+A workdir holds run.json (the config), checkpoints/, metrics.jsonl, tensorboard/, audit.jsonl when asked,
+and at the end runcard.json and runcard.md. On several hosts the first one writes.
+"""
+
+import functools
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from experiments import hosts, provenance
+from llama_jax import config, sharding, tree
+from llama_jax.analysis import flops, hardware, memory, runcard
+from llama_jax.data import iterator, mixture, prepare
+from llama_jax.train import checkpoint, loop, metrics
+from llama_jax.train import program as programs
+from llama_jax.train import state as train_state
+
+
+class Machine:
+    """The program of a run on the devices that are here, compiled when it is first used.
+
+    Seeds are not in it: runs that differ in them alone may share one.
+    """
+
+    def __init__(self, run: config.Run):
+        """ValueError if the run does not fit onto the devices, or into their memory."""
+        devices = jax.devices()
+        self.kind = devices[0].device_kind
+        self.program = programs.build(run, sharding.make(run.mesh, devices))
+        need = memory.need(run, self.program.state, self.kind)
+        memory.check(need, memory.available(devices))
+
+    @functools.cached_property
+    def advance(self) -> Any:
+        """(state, batch) -> (state, metrics)"""
+        options = hardware.compiler_options(self.kind)
+        return self.program.step.lower(self.program.state, self.program.batch).compile(options)
+
+    @functools.cached_property
+    def evaluate(self) -> Any:
+        """(params, batch) -> loss.Sums"""
+        return jax.jit(self.program.objective)
+
+
+def claim(workdir: Path, run: config.Run) -> None:
+    """Make the workdir this run's. ValueError if it is another's, or cannot be written."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".writable_{jax.process_index()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
+    path = workdir / "run.json"
+    trained = any(step.name.isdigit() for step in (workdir / "checkpoints").glob("*"))
+    if trained and path.exists():
+        differing = config.diff(config.from_dict(json.loads(path.read_text())), run, essential=True)
+        if differing:
+            raise ValueError(
+                f"--workdir={workdir} holds another run; it differs in\n  "
+                + "\n  ".join(differing)
+                + "\ngive a new --workdir, or the settings of the run that is there"
+            )
+    if hosts.first():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(config.to_dict(run), indent=2) + "\n")
+        temporary.replace(path)
+
+
+def check_shared(workdir: Path) -> None:
+    """ValueError on every host unless the first one's files are seen by all."""
+    mark = workdir / f".shared_{hosts.first_says(time.time_ns() % 2**31)}"
+    if hosts.first():
+        mark.touch()
+    hosts.agree(True)  # it is there now
+    seen = hosts.agree(mark.exists())
+    if hosts.first():
+        mark.unlink()
+    if not seen:
+        raise ValueError(
+            f"--workdir={workdir} is not the same folder on all {jax.process_count()} hosts; checkpoints "
+            "need one that all of them see: a mounted bucket or a network file system"
+        )
+
+
+def prepare_once(data: config.Data, vocab_size: int) -> prepare.Prepared:
+    """The text, prepared by the first host and read by the others, who prepare it again where the cache
+    is a folder of their own."""
+    work = lambda: prepare.prepare(data, vocab_size)  # noqa: E731
+    prepared = hosts.together(work if hosts.first() else lambda: None)
+    return hosts.together((lambda: prepared) if hosts.first() else work)
+
+
+class Result(NamedTuple):
+    """What a run has come to."""
+
+    state: Any
+    rows: list[metrics.Row]  # of metrics.jsonl
+    results: dict[str, float]  # of the last evaluation
+    seconds: float  # of training
+    rates: loop.Rates
+    first: int  # step, of this session
+    interrupted: str = ""  # by the signal of that name, before the last step
+
+
+def train(
+    run: config.Run,
+    workdir: Path,
+    machine: Machine,
+    prepared: prepare.Prepared,
+    interrupt: loop.Interrupt,
+    make_console: Callable[[int, int], metrics.Console],
+) -> Result:
+    """Train to the last step, from the newest checkpoint if there is one.
+
+    make_console(first, steps) shows how far it is.
+    """
+    program, layout = machine.program, machine.program.module.layout
+    record = {"provenance": provenance.describe(prepared), "run": config.to_dict(run)}
+    checkpoints = checkpoint.Checkpoints(workdir, run.checkpoint)
+    state, seconds = start(run, program, checkpoints, prepared)
+    first = int(state.step)
+
+    console = make_console(first, run.train.steps)
+    writers, audit = [], None
+    if hosts.first():
+        writers.append(metrics.jsonl(workdir / "metrics.jsonl", first))
+        if run.log.tensorboard == "on":
+            writers.append(metrics.tensorboard(workdir / "tensorboard", first))
+        if run.log.wandb == "on":
+            writers.append(metrics.wandb(workdir, record["run"]))
+        if run.log.audit == "on":
+            audit = metrics.jsonl(workdir / "audit.jsonl", first)
+    rates = figures(run, program.module)
+    recorder = loop.Recorder(run, rates, writers, console, seconds)
+    evaluate = functools.partial(
+        validation, machine.evaluate, run, prepared, layout, interrupt=interrupt
+    )
+
+    def save(done: int, state: Any, seconds: float) -> None:
+        checkpoints.save(done, state, {**record, "next_step": done, "seconds": seconds})
+
+    done = first
+    try:
+        if first < run.train.steps:
+            batches, advance = iterator.train(run, prepared, layout, first), machine.advance
+            recorder.pause()
+            state, done = loop.run(
+                run, state, advance, batches, evaluate=evaluate, save=save,
+                recorder=recorder, interrupt=interrupt, audit=audit,
+            )  # fmt: skip
+            checkpoints.wait()
+    finally:
+        console.close()
+    rows = metrics.read(workdir / "metrics.jsonl") if hosts.first() else []
+    if done < run.train.steps:
+        return Result(state, rows, {}, recorder.seconds, rates, first, interrupt.signal)
+    interrupt.signal = ""  # whatever cut the last evaluation short, the results are wanted now
+    last = rows[-1] if rows else {}
+    if hosts.first_says("validation_loss" not in last):
+        last |= evaluate(state.params)
+    results = {name: last[name] for name in RESULTS if name in last}
+    return Result(state, rows, results, recorder.seconds, rates, first)
+
+
+RESULTS = ("validation_loss", "validation_bits_per_byte")
+
+
+def start(run, program, checkpoints, prepared) -> tuple[Any, float]:
+    """The newest checkpoint, or a fresh state; and the seconds of training behind it."""
+    restored = checkpoints.latest(program.state)
+    if restored is None:
+        module = program.module
+        return train_state.init(module, program.tx, module.layout, run.train.seed), 0.0
+    trained_on = restored.record["provenance"]["data"]
+    if trained_on != prepared.fingerprint:
+        raise ValueError(
+            f"the text has changed: the checkpoint was trained on data {trained_on}, now it is "
+            f"{prepared.fingerprint}; give a new --workdir, or bring the old text back"
+        )
+    print(f"resuming at step {restored.record['next_step']} from {checkpoints.folder}")
+    return restored.state, restored.record["seconds"]
+
+
+def figures(run: config.Run, module) -> loop.Rates:
+    devices = jax.devices()
+    peak = run.log.peak_tflops or hardware.find(devices[0].device_kind).bf16_tflops
+    return loop.Rates(flops.per_token(module, run.data.seq_len), peak * 1e12 * len(devices))
+
+
+def validation(evaluate, run, prepared, layout, params, *, interrupt) -> dict[str, float]:
+    """Loss on held-out rows, nats a token and bits a byte; nothing if interrupted."""
+    total = None
+    for batch in iterator.validation(run, prepared, layout):
+        if interrupt.signal:
+            return {}
+        sums = evaluate(params, batch)
+        total = sums if total is None else jax.tree.map(jax.numpy.add, total, sums)
+    nats = float(total.nll / total.weight)
+    return {"validation_loss": nats, "validation_bits_per_byte": bits_per_byte(nats, prepared)}
+
+
+def bits_per_byte(nats: float, prepared) -> float:
+    return nats / math.log(2) * prepared.validation_tokens / prepared.validation_bytes
+
+
+def card(
+    run: config.Run,
+    result: Result,
+    prepared: prepare.Prepared,
+    command: str,
+    more: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    """The run card of a finished run; `more` results beside its own."""
+    device = hardware.find(jax.devices()[0].device_kind)
+    steps = int(result.state.step)
+    return runcard.make(
+        run,
+        command=command,
+        provenance=provenance.describe(prepared),
+        device_kind=jax.devices()[0].device_kind,
+        devices=jax.device_count(),
+        watts=run.log.watts_per_chip or device.watts,
+        parameters=tree.count(result.state.params),
+        steps=steps,
+        flops_per_token=result.rates.flops_per_token,
+        peak_flops=result.rates.peak_flops,
+        seconds=result.seconds,
+        epochs=mixture.epochs(prepared, steps * run.train.batch_size),
+        results=result.results | (more or {}),
+    )

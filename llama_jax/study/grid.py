@@ -1,0 +1,129 @@
+"""The cells of a study: which runs there are, checked and matched before the first one starts."""
+
+import dataclasses
+import itertools
+from typing import NamedTuple
+
+from llama_jax import config, sharding, tree
+from llama_jax.analysis import flops
+from llama_jax.model import transformer
+from llama_jax.study import schema
+from llama_jax.study.schema import Study
+
+FFN_STEP = 8  # matched widths are multiples of it
+
+
+class Cell(NamedTuple):
+    """One combination of choices. Its runs differ in their seeds."""
+
+    name: str  # "alibi+gelu"
+    choices: dict[str, str]  # axis -> choice
+    run: config.Run
+    parameters: int
+    flops_per_token: int
+
+
+def cells(study: Study) -> list[Cell]:
+    """The base's own first. ValueError on choices that change nothing or cannot be built."""
+    combinations = _combinations(study)
+    made = [_cell(study, combination) for combination in combinations]
+    base = made[0]
+    seen = {base.run: base.name}
+    for cell in made[1:]:
+        if not config.diff(base.run, cell.run, essential=True):
+            raise ValueError(
+                f"{cell.name} computes the same as {base.name}: an ablation of nothing"
+            )
+        if cell.run in seen:
+            raise ValueError(f"{cell.name} is the same run as {seen[cell.run]}")
+        seen[cell.run] = cell.name
+    return [matched(study, base, cell) for cell in made]
+
+
+def runs(study: Study, found: list[Cell]) -> list[tuple[Cell, int]]:
+    """Every cell with the first seed, then with the second: what is there early can be compared."""
+    return [(cell, seed) for seed in range(study.seeds) for cell in found]
+
+
+def seeded(run: config.Run, seed: int) -> config.Run:
+    """Other initial values and another order of the same text; equal across cells."""
+    return dataclasses.replace(
+        run,
+        train=dataclasses.replace(run.train, seed=run.train.seed + seed),
+        data=dataclasses.replace(run.data, seed=run.data.seed + seed),
+    )
+
+
+def matched(study: Study, base: Cell, cell: Cell) -> Cell:
+    """The cell at a `model.ffn_dim` at which it has as many parameters, or FLOPs a token, as the base.
+
+    The nearest multiple of FFN_STEP. ValueError if the rest of the network alone has more.
+    """
+    if study.match == "nothing":
+        return cell
+    size = lambda cell: getattr(cell, _MEASURES[study.match])  # noqa: E731
+    wanted = size(base)
+    if size(cell) == wanted:
+        return cell
+    at = lambda width: _described(cell, _with_ffn(cell.run, width))  # noqa: E731
+    here, wider = (size(at(cell.run.model.ffn_dim + more)) for more in (0, FFN_STEP))
+    slope = (wider - here) / FFN_STEP
+    width = cell.run.model.ffn_dim + (wanted - here) / slope
+    width = round(width / FFN_STEP) * FFN_STEP
+    if width < FFN_STEP:
+        raise ValueError(
+            f"{cell.name} has more {study.match} than {base.name} at any model.ffn_dim; set match to "
+            "'nothing' or choose a base with a wider ffn"
+        )
+    return at(width)
+
+
+_MEASURES = {"parameters": "parameters", "flops": "flops_per_token"}
+
+
+def _combinations(study: Study) -> list[tuple[schema.Choice, ...]]:
+    full = list(itertools.product(*(axis.choices for axis in study.axes)))
+    if study.grid == "full":
+        return full
+    if study.grid == "one_at_a_time":
+        return [one for one in full if sum(bool(choice.changes) for choice in one) <= 1]
+    by_name = {_name(one): one for one in full}
+    listed = [config.choose(by_name, name, "cells") for name in study.cells]
+    own = full[0]
+    return [own, *(one for one in listed if one != own)]
+
+
+def _name(combination) -> str:
+    return "+".join(choice.name for choice in combination)
+
+
+def _cell(study: Study, combination: tuple[schema.Choice, ...]) -> Cell:
+    run, name = study.base, _name(combination)
+    choices = {axis.name: one.name for axis, one in zip(study.axes, combination, strict=True)}
+    changes = tuple(change for choice in combination for change in choice.changes)
+    places = [place for place, _ in changes]
+    if twice := next((place for place in places if places.count(place) > 1), ""):
+        raise ValueError(f"{name}: two of its choices set {twice}")
+    for seed in ("train.seed", "data.seed"):
+        if seed in places:
+            raise ValueError(f"{name}: {seed} belongs to the study's seeds, not to a choice")
+    try:
+        run = schema.changed(run, changes, f"axes, {name}")
+        return _described(Cell(name, choices, run, 0, 0), run)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _described(cell: Cell, run: config.Run) -> Cell:
+    mesh = run.mesh
+    fixed = mesh.slices * mesh.data * mesh.context * mesh.tensor * max(mesh.fsdp, 1)
+    module = transformer.build(run.model, sharding.abstract(mesh, max(fixed, 1)))
+    return cell._replace(
+        run=run,
+        parameters=tree.count(transformer.abstract(module)),
+        flops_per_token=flops.per_token(module, run.data.seq_len),
+    )
+
+
+def _with_ffn(run: config.Run, width: int) -> config.Run:
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, ffn_dim=width))

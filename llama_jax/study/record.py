@@ -1,0 +1,117 @@
+"""What the folders of a study's runs hold, read back: states, curves, scores."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llama_jax.eval.score import Scores
+from llama_jax.study.grid import Cell
+from llama_jax.train import metrics
+
+SCORES, FAILED, CARD = "scores.npz", "failed.txt", "runcard.json"
+
+
+def folder(workdir: Path, cell: Cell, seed: int) -> Path:
+    return workdir / "runs" / f"{cell.name}-seed{seed}"
+
+
+def state(path: Path) -> str:
+    """waiting, started, failed or done."""
+    if (path / SCORES).exists():
+        return "done"
+    if (path / FAILED).exists():
+        return "failed"
+    return "started" if (path / "metrics.jsonl").exists() else "waiting"
+
+
+class Finished(NamedTuple):
+    """A run that is done."""
+
+    seed: int
+    card: dict[str, Any]
+    rows: list[metrics.Row]
+    scores: dict[int, Scores]  # by the multiple of the trained length
+
+
+class Results(NamedTuple):
+    """A cell with its finished runs, seeds rising, and what kept others from finishing."""
+
+    cell: Cell
+    runs: list[Finished]
+    failures: dict[int, str]  # seed -> the reason
+
+    def losses(self, times: int = 1) -> np.ndarray:
+        """Nats a token, [seeds, rows]; empty where it was not scored at that length."""
+        found = [run.scores[times].row_R for run in self.runs if times in run.scores]
+        return np.stack(found) if found else np.empty((0, 0))
+
+    def curve(self, x: str) -> tuple[np.ndarray, np.ndarray]:
+        """Validation loss of each seed, [seeds, points], against tokens, flops or mean seconds, [points]."""
+        of = {
+            "tokens": lambda row: row["tokens"],
+            "flops": lambda row: row["tokens"] * self.cell.flops_per_token,
+            "seconds": lambda row: row["seconds"],
+        }[x]
+        held_out = [
+            [row for row in run.rows if math.isfinite(row.get("validation_loss") or math.nan)]
+            for run in self.runs
+        ]
+        points = min((len(rows) for rows in held_out), default=0)
+        places = np.array([[of(row) for row in rows[:points]] for rows in held_out])
+        losses = np.array([[row["validation_loss"] for row in rows[:points]] for rows in held_out])
+        return places.mean(0) if points else places, losses
+
+
+def at(results: Results, x: str, budget: float) -> float:
+    """Mean validation loss when so many tokens, FLOPs or seconds were spent; NaN before the first point."""
+    places, losses = results.curve(x)
+    if not losses.size or budget < places[0]:
+        return math.nan
+    return float(np.mean([np.interp(budget, places, one) for one in losses]))
+
+
+def write_scores(path: Path, scores: dict[int, Scores]) -> None:
+    arrays = {
+        f"{name}_{times}": value
+        for times, score in scores.items()
+        for name, value in score._asdict().items()
+    }
+    temporary = path / f"{SCORES}.tmp"
+    with temporary.open("wb") as file:
+        np.savez(file, **arrays)
+    temporary.replace(path / SCORES)
+
+
+def read_scores(path: Path) -> dict[int, Scores]:
+    with np.load(path / SCORES) as arrays:
+        times = sorted(
+            int(name.removeprefix("row_R_")) for name in arrays if name.startswith("row_R_")
+        )
+        return {n: Scores(arrays[f"row_R_{n}"], arrays[f"position_T_{n}"]) for n in times}
+
+
+def collect(workdir: Path, cells: list[Cell], seeds: int) -> list[Results]:
+    """Every cell with those of its runs that are done."""
+    found = []
+    for cell in cells:
+        places = {seed: folder(workdir, cell, seed) for seed in range(seeds)}
+        runs = [
+            Finished(
+                seed,
+                json.loads((path / CARD).read_text()),
+                metrics.read(path / "metrics.jsonl"),
+                read_scores(path),
+            )
+            for seed, path in places.items()
+            if state(path) == "done"
+        ]
+        failures = {
+            seed: (path / FAILED).read_text().strip()
+            for seed, path in places.items()
+            if state(path) == "failed"
+        }
+        found.append(Results(cell, runs, failures))
+    return found

@@ -1,0 +1,254 @@
+"""The report of a study: report.md, report.tex, report.csv and one page of HTML that needs nothing else."""
+
+import csv
+import html
+import io
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from llama_jax.study import plots, table
+from llama_jax.study.record import Results
+from llama_jax.study.schema import Study
+from llama_jax.study.statistics import Estimate
+from llama_jax.study.table import Row
+
+
+class Report(NamedTuple):
+    title: str
+    study: Study
+    results: list[Results]
+    rows: list[Row]
+    commands: dict[str, str]  # the whole study, then each run
+
+    @property
+    def is_complete(self) -> bool:
+        return all(row.seeds == self.study.seeds for row in self.rows)
+
+
+def write(
+    title: str, study: Study, results: list[Results], commands: dict[str, str], folder: Path
+) -> Report:
+    rows = table.rows(results, study.lengths)
+    report = Report(title, study, results, rows, commands)
+    pictures = plots.all_of(results, rows, study.base.data.seq_len)
+    for name, text in {
+        "report.md": markdown(report),
+        "report.tex": latex(report),
+        "report.csv": comma_separated(report),
+        "report.html": page(report, pictures),
+    }.items():
+        temporary = folder / f"{name}.tmp"
+        temporary.write_text(text)
+        temporary.replace(folder / name)
+    return report
+
+
+def sentences(report: Report) -> list[str]:
+    """What was held fixed, what was matched, how the numbers were made."""
+    study, run = report.study, report.study.base
+    tokens = run.train.steps * run.tokens_per_step
+    held = {
+        "nothing": "Widths are the choices' own.",
+        "parameters": "model.ffn_dim was set so that every cell has the base's number of parameters.",
+        "flops": "model.ffn_dim was set so that every cell needs the base's FLOPs a token.",
+    }[study.match]
+    rows = max((one.losses().shape[1] for one in report.results if one.runs), default=0)
+    said = [
+        f"Every run trains on {tokens:,} tokens in {run.train.steps:,} steps, rows of {run.data.seq_len}. "
+        f"Of a seed all cells see the same text in the same order and begin with the same numbers "
+        f"wherever shapes agree. {held}",
+        f"Losses are means over {study.seeds} seed{'s' * (study.seeds > 1)} and {rows:,} held-out rows, "
+        f"nats a token. Intervals are 95%, by drawing seeds and rows anew, with Student's t for "
+        f"so few seeds; p values of the differences are Holm's, over {len(report.rows) - 1} comparisons "
+        f"with {report.rows[0].name}; significant: below {table.ALPHA}.",
+        "Losses at equal FLOPs and equal time are read off the validation curves where the cell that needs "
+        "least had finished; learning rates decay later in the others, which this does not make up for.",
+    ]
+    if not report.is_complete:
+        missing = sum(study.seeds - row.seeds for row in report.rows)
+        failed = sum(row.failed for row in report.rows)
+        said.append(f"Incomplete: {missing} runs are not done, {failed} of them failed.")
+    return said
+
+
+def results(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the main table."""
+    header = ["cell", "loss", "less the base", "p", "verdict"]
+    base, *others = report.rows
+    return header, [
+        [base.name, _interval(base.loss), "the base", "", ""],
+        *(
+            [
+                row.name,
+                _interval(row.loss),
+                _interval(row.difference, sign=True),
+                _number(row.p, ".3g"),
+                row.verdict,
+            ]
+            for row in others
+        ),
+    ]
+
+
+def costs(report: Report) -> tuple[list[str], list[list[str]]]:
+    header = ["cell", "parameters", "FLOPs a token", "tokens/s", "GiB"]
+    header += ["loss at equal FLOPs", "at equal time"]
+    return header, [
+        [
+            row.name,
+            f"{row.parameters:,}",
+            f"{row.flops_per_token:,}",
+            _number(row.tokens_per_second, ",.0f"),
+            _number(row.memory_gib, ".3g"),
+            _number(row.at_flops, ".4f"),
+            _number(row.at_seconds, ".4f"),
+        ]
+        for row in report.rows
+    ]
+
+
+def lengths(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Loss by length of the window; empty rows where only the trained length was asked for."""
+    times = report.study.lengths
+    header = ["cell", *(f"{n * report.study.base.data.seq_len:,}" for n in times)]
+    if len(times) == 1:
+        return header, []
+    undefined = lambda of: _interval(of) or "undefined"  # noqa: E731
+    return header, [
+        [row.name, *(undefined(row.by_length[n]) for n in times)] for row in report.rows
+    ]
+
+
+def failures(report: Report) -> list[str]:
+    return [
+        f"{one.cell.name}, seed {seed}: {why.splitlines()[0]}"
+        for one in report.results
+        for seed, why in one.failures.items()
+    ]
+
+
+def markdown(report: Report) -> str:
+    parts = [f"# {report.title}", *sentences(report), _pipes(*results(report))]
+    parts += ["## Cost", _pipes(*costs(report))]
+    header, by_length = lengths(report)
+    if by_length:
+        parts += ["## Windows longer than the trained one", _pipes(header, by_length)]
+    if failed := failures(report):
+        parts += ["## Failed", "\n".join(f"- {line}" for line in failed)]
+    commands = "\n".join(report.commands.values())
+    parts += ["## Commands", "The study, then each run by itself.", f"```sh\n{commands}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def latex(report: Report) -> str:
+    """A table for booktabs."""
+    header, rows = results(report)
+    lines = [" & ".join(map(_tex, row)) + r" \\" for row in (header, *rows)]
+    body = "\n".join([lines[0], r"\midrule", *lines[1:]])
+    return (
+        "\\begin{tabular}{lllll}\n\\toprule\n" + body + "\n\\bottomrule\n\\end{tabular}\n"
+        "% " + "\n% ".join(sentences(report)) + "\n"
+    )
+
+
+def comma_separated(report: Report) -> str:
+    """One line a run."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    times = report.study.lengths
+    axes = [axis.name for axis in report.study.axes]
+    names = ("parameters", "flops_per_token", "tokens", "seconds", "tokens_per_second")
+    writer.writerow(["cell", *axes, "seed", *names, *(f"loss_at_{n}x" for n in times)])
+    for one in report.results:
+        for run in one.runs:
+            losses = [run.scores[n].row_R.mean() if n in run.scores else math.nan for n in times]
+            seconds = run.rows[-1]["seconds"]
+            choices = [one.cell.choices[axis] for axis in axes]
+            figures = (run.card["tokens"], seconds, run.card["tokens_per_second"])
+            sizes = (one.cell.parameters, one.cell.flops_per_token)
+            writer.writerow([one.cell.name, *choices, run.seed, *sizes, *figures, *losses])
+    return text.getvalue()
+
+
+STYLE = """
+:root { color-scheme: light; font: 16px/1.5 system-ui, sans-serif; color: #222; }
+body { max-width: 72rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2rem; }
+p { max-width: 46rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+thead th { border-bottom: 2px solid #555; }
+.better { color: #157a2b; } .worse { color: #b3261e; }
+.pictures { display: grid; gap: 1.2rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); }
+figure { margin: 0; } figure svg { width: 100%; height: auto; }
+figcaption { font-size: .85rem; color: #555; }
+pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .8rem; }
+"""
+
+
+def page(report: Report, pictures: dict[str, str]) -> str:
+    header, by_length = lengths(report)
+    parts = [f"<p>{html.escape(text)}</p>" for text in sentences(report)]
+    parts.append(_html_table(*results(report)))
+    if pictures:
+        figures = "".join(
+            f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
+            for caption, svg in pictures.items()
+        )
+        parts.append(f'<h2>Pictures</h2><div class="pictures">{figures}</div>')
+    if by_length:
+        parts.append(
+            "<h2>Windows longer than the trained one</h2>" + _html_table(header, by_length)
+        )
+    if failed := failures(report):
+        items = "".join(f"<li>{html.escape(line)}</li>" for line in failed)
+        parts.append(f"<h2>Failed</h2><ul>{items}</ul>")
+    commands = html.escape("\n".join(report.commands.values()))
+    parts.append(
+        f"<h2>Commands</h2><p>The study, then each run by itself.</p><pre>{commands}</pre>"
+    )
+    title = html.escape(report.title)
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE}</style></head><body><h1>{title}</h1>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _html_table(header, rows) -> str:
+    def cell(text):
+        of_class = f' class="{text}"' if text in ("better", "worse") else ""
+        return f"<td{of_class}>{html.escape(text)}</td>"
+
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    body = "".join(f"<tr>{''.join(cell(text) for text in row)}</tr>" for row in rows)
+    table = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="wide"><table>{table}</table></div>'
+
+
+def _pipes(header, rows) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _interval(of: Estimate, sign: bool = False) -> str:
+    if math.isnan(of.mean):
+        return ""
+    form = "+.4f" if sign else ".4f"
+    if math.isnan(of.low):
+        return f"{of.mean:{form}}"
+    return f"{of.mean:{form}} [{of.low:{form}}, {of.high:{form}}]"
+
+
+def _number(value: float, form: str) -> str:
+    return "" if math.isnan(value) else f"{value:{form}}"
+
+
+def _tex(text: str) -> str:
+    if text[:1] in ("+", "-"):
+        return f"${text}$"
+    return text.replace("_", r"\_").replace("%", r"\%")

@@ -1,0 +1,89 @@
+"""The figures of a study: one row a cell, the base first, the others from the lowest loss."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from llama_jax.study import record, statistics
+from llama_jax.study.record import Results
+from llama_jax.study.statistics import Estimate
+
+ALPHA = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Losses are nats a token on held-out rows. NaN: not known, as after one seed."""
+
+    name: str
+    seeds: int
+    failed: int
+    parameters: int
+    flops_per_token: int
+    tokens_per_second: float
+    memory_gib: float  # by formula, on each device
+    loss: Estimate
+    difference: Estimate  # to the base, over the seeds that both have
+    p: float  # of the difference, after Holm's correction
+    at_flops: float  # loss when the cell that needs the fewest had spent all of its FLOPs
+    at_seconds: float  # likewise, of time in training steps
+    by_length: dict[int, Estimate]
+
+    @property
+    def verdict(self) -> str:
+        if math.isnan(self.p):
+            return "not known: one seed" if self.seeds else "no run is done"
+        if self.p >= ALPHA:
+            return "not significant"
+        return "better" if self.difference.mean < 0 else "worse"
+
+
+def rows(results: list[Results], lengths: tuple[int, ...]) -> list[Row]:
+    base, done = results[0], [one for one in results if one.runs]
+    budgets = {
+        x: min((one.curve(x)[0][-1] for one in done if one.curve(x)[0].size), default=math.nan)
+        for x in ("flops", "seconds")
+    }
+    differences = [difference(base, one) for one in results]
+    corrected = [math.nan, *statistics.holm([one.p for one in differences[1:]])]
+    made = [
+        Row(
+            name=one.cell.name,
+            seeds=len(one.runs),
+            failed=len(one.failures),
+            parameters=one.cell.parameters,
+            flops_per_token=one.cell.flops_per_token,
+            tokens_per_second=_mean([run.card["tokens_per_second"] for run in one.runs]),
+            memory_gib=_mean([run.card["results"]["memory_gib"] for run in one.runs]),
+            loss=_estimate(one.losses()),
+            difference=of,
+            p=p,
+            at_flops=record.at(one, "flops", budgets["flops"]),
+            at_seconds=record.at(one, "seconds", budgets["seconds"]),
+            by_length={times: _estimate(one.losses(times)) for times in lengths},
+        )
+        for one, of, p in zip(results, differences, corrected, strict=True)
+    ]
+    worst_last = lambda row: (math.isnan(row.loss.mean), row.loss.mean)  # noqa: E731
+    return [made[0], *sorted(made[1:], key=worst_last)]
+
+
+def difference(base: Results, other: Results, times: int = 1) -> Estimate:
+    """Of the paired losses, other - base."""
+    own = {run.seed: run for run in base.runs if times in run.scores}
+    pairs = [
+        run.scores[times].row_R - own[run.seed].scores[times].row_R
+        for run in other.runs
+        if run.seed in own and times in run.scores
+    ]
+    return _estimate(np.stack(pairs) if pairs else np.empty((0, 0)))
+
+
+def _estimate(values_SR: np.ndarray) -> Estimate:
+    return statistics.estimate(values_SR) if values_SR.size else Estimate(*(math.nan,) * 4)
+
+
+def _mean(values: list) -> float:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else math.nan

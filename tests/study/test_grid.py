@@ -1,0 +1,117 @@
+import dataclasses
+
+import pytest
+
+from configs import research_300k
+from configs.ablations import ffn, norm, position
+from llama_jax import config
+from llama_jax.study import grid, schema
+
+
+def study(axes, **settings):
+    return schema.freeze(schema.edit(research_300k.get_config(), axes, {}, **settings))
+
+
+POSITION = {
+    "rope": {},
+    "alibi": {"model": {"position": "alibi"}},
+    "none": {"model": {"position": "none"}},
+}
+FFN = {"swiglu": {}, "gelu": {"model": {"ffn": "gelu"}}}
+
+
+def names(axes, **settings):
+    return [cell.name for cell in grid.cells(study(axes, **settings))]
+
+
+def test_one_at_a_time_changes_one_axis():
+    assert names({"position": POSITION, "ffn": FFN}) == [
+        "swiglu+rope", "swiglu+alibi", "swiglu+none", "gelu+rope",
+    ]  # fmt: skip
+
+
+def test_full_is_every_combination_the_base_first():
+    found = names({"position": POSITION, "ffn": FFN}, grid="full")
+    assert found[0] == "swiglu+rope"
+    assert len(found) == len(set(found)) == 6
+
+
+def test_listed_adds_the_base():
+    found = names({"position": POSITION, "ffn": FFN}, grid="listed", cells=("gelu+alibi",))
+    assert found == ["swiglu+rope", "gelu+alibi"]
+
+
+def test_cells_differ_from_the_base_in_their_choice_alone():
+    base, alibi, _ = grid.cells(study({"position": POSITION}))
+    assert config.diff(base.run, alibi.run) == ["model.position: rope -> alibi"]
+    assert alibi.choices == {"position": "alibi"}
+
+
+def test_seeds_change_initial_values_and_order_and_come_seed_by_seed():
+    made = study({"position": POSITION}, seeds=2)
+    cells = grid.cells(made)
+    order = [(cell.name, seed) for cell, seed in grid.runs(made, cells)]
+    assert order == [(cell.name, seed) for seed in (0, 1) for cell in cells]
+    one = grid.seeded(cells[0].run, 1)
+    assert config.diff(cells[0].run, one) == ["data.seed: 0 -> 1", "train.seed: 0 -> 1"]
+
+
+def test_matched_parameters_follow_the_two_thirds_rule():
+    """Three matrices of 160 against two of 240 (arXiv:2002.05202 section 3): the same number exactly."""
+    base, gelu = grid.cells(study({"ffn": FFN}, match="parameters"))
+    assert (base.run.model.ffn_dim, gelu.run.model.ffn_dim) == (160, 240)
+    assert base.parameters == gelu.parameters
+    assert gelu.flops_per_token == base.flops_per_token
+
+
+def test_matched_flops():
+    tied = {"untied": {}, "wide": {"model": {"dim": 72, "head_dim": 18}}}
+    base, wide = grid.cells(study({"width": tied}, match="flops"))
+    # 8 of ffn width are 6 x 4 layers x 3 matrices x 72 x 8 FLOPs a token; half of it is the most that is missed.
+    assert abs(wide.flops_per_token - base.flops_per_token) <= 6 * 4 * 3 * 72 * 4
+    assert wide.run.model.ffn_dim < base.run.model.ffn_dim
+
+
+@pytest.mark.parametrize(
+    ("axes", "settings", "message"),
+    [
+        ({"position": {"rope": {}, "x": {"model": {"position": "rop"}}}}, {}, "model.position='rop' is not one of rope,.*nearest: 'rope'"),
+        ({"position": {"rope": {}, "x": {"model": {"positon": "none"}}}}, {}, "model.positon is not a setting; nearest: model.position"),
+        ({"position": {"rope": {}, "x": {"model": {"position": "rope"}}}}, {}, "x computes the same as rope"),
+        ({"kernel": {"own": {}, "x": {"model": {"kernel": "reference"}}}}, {}, "x computes the same as own"),
+        ({"position": {**POSITION, "x": {"model": {"position": "none"}}}}, {}, "x is the same run as none"),
+        ({"heads": {"own": {}, "x": {"model": {"kv_heads": 3}}}}, {}, "x: model.kv_heads=3 must divide model.heads=4"),
+        ({"cap": {"own": {}, "x": {"model": {"kernel": "cudnn", "softcap": 30.0}}}}, {}, "x: model.kernel='cudnn' cannot do model.softcap=30.0"),
+        ({"a": FFN, "b": {"own": {}, "relu": {"model": {"ffn": "relu"}}}}, {"grid": "full"}, r"gelu\+relu: two of its choices set model.ffn"),
+        ({"seed": {"own": {}, "x": {"train": {"seed": 3}}}}, {}, "train.seed belongs to the study's seeds"),
+        ({"position": {"alibi": {"model": {"position": "alibi"}}}}, {}, "exactly one choice that changes nothing"),
+        ({"position": {"rope": {}, "a b": {"model": {"position": "none"}}}}, {}, "'a b' must be letters"),
+        ({"ffn": FFN}, {"grid": "all"}, "grid='all' is not one of one_at_a_time, full, listed"),
+        ({"ffn": FFN}, {"cells": ("gelu",)}, "belong to grid 'listed'"),
+        ({"ffn": FFN}, {"grid": "listed", "cells": ("gel",)}, "cells='gel' is not one of swiglu, gelu"),
+        ({"ffn": FFN}, {"lengths": (2, 4)}, r"lengths=\(2, 4\) must rise from 1"),
+        ({"ffn": FFN}, {"seeds": 0}, "seeds=0 must be positive"),
+        ({"w": {"own": {}, "x": {"model": {"dim": 768, "head_dim": 192}}}}, {"match": "parameters"}, "more parameters than own at any"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_before_the_first_run(axes, settings, message):
+    with pytest.raises(ValueError, match=message):
+        grid.cells(study(axes, **settings))
+
+
+def test_quick_stands_below_the_command_line():
+    edited = position.get_config()
+    edited.preset = "quick"
+    assert schema.freeze(edited).base.train.steps == 60
+    edited.base.train.steps = 70
+    assert schema.freeze(edited, {"base.train.steps": 70}).base.train.steps == 70
+
+
+@pytest.mark.parametrize("page", [position, ffn, norm])
+def test_a_page_has_a_base_of_its_own_and_can_be_planned(page):
+    made = schema.freeze(page.get_config())
+    cells = grid.cells(made)
+    assert len(cells) == 4
+    assert cells[0].run == made.base
+    assert made.seeds >= 3
+    assert dataclasses.replace(made) == made
