@@ -17,12 +17,12 @@ QUICK = {
 
 
 def run() -> ml_collections.ConfigDict:
-    """300K parameters, 3M tokens: less than one epoch of the text."""
+    """300K parameters, 1.5M tokens, a third of the text: some 75 s a run on 2 cores."""
     page = base.page(
         "",
         sizes.RESEARCH_300K,
         mixtures.STDLIB,
-        tokens=3e6,
+        tokens=1.5e6,
         train=dict(batch_size=16),
         optim=dict(learning_rate=3e-3, warmup_steps=50),
         checkpoint=dict(every=1000, keep=1),
