@@ -151,13 +151,12 @@ def seconds_of(folder: Path) -> float:
 
 def scores_of(study, run, machine, params, prepared) -> dict[int, score.Scores]:
     """At each length at which the network is defined: a table of positions ends with what was trained."""
-    rows = np.stack(mixture.validation_rows(prepared, run.eval.rows))
+    rows = np.stack(mixture.validation_rows(prepared, study.rows))
     longest = max(study.lengths)
     rows = rows[: len(rows) // longest * longest]
     if not len(rows):
         raise ValueError(
-            f"lengths={study.lengths} needs at least {longest} held-out rows; there are {len(rows)} of "
-            f"eval.rows={run.eval.rows}"
+            f"lengths={study.lengths} needs {longest} held-out rows, and there are fewer"
         )
     table = run.model.max_positions
     at_once = run.tokens_per_step // run.train.microbatches
@@ -202,7 +201,7 @@ def claim(workdir: Path, study: schema.Study, must_exist: bool = False) -> None:
 def differences(old: dict, new: dict) -> list[str]:
     """Settings that change results; more seeds and cells may be added to a study that is there."""
     base = config.diff(config.from_dict(old["base"]), config.from_dict(new["base"]), essential=True)
-    same = ("match", "lengths")
+    same = ("match", "rows", "lengths")
     return base + [f"{name}: {old[name]} -> {new[name]}" for name in same if old[name] != new[name]]
 
 

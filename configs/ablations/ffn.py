@@ -12,5 +12,9 @@ from llama_jax.study import schema
 def get_config():
     others = {name: {"model": {"ffn": name}} for name in ("geglu", "gelu", "relu")}
     return schema.edit(
-        base.run(), axes={"ffn": {"swiglu": {}, **others}}, match="parameters", quick=base.QUICK
+        base.run(),
+        axes={"ffn": {"swiglu": {}, **others}},
+        match="parameters",
+        rows=base.ROWS,
+        quick=base.QUICK,
     )

@@ -15,5 +15,6 @@ def get_config():
             "placement": {"pre": {}, "post": {"model": {"placement": "post"}}},
         },
         grid="full",
+        rows=base.ROWS,
         quick=base.QUICK,
     )

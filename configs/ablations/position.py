@@ -19,5 +19,6 @@ def get_config():
             }
         },
         lengths=(1, 2, 4, 8),
+        rows=base.ROWS,
         quick=base.QUICK,
     )

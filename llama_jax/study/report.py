@@ -62,8 +62,9 @@ def sentences(report: Report) -> list[str]:
         f"nats a token. Intervals are 95%, by drawing seeds and rows anew, with Student's t for "
         f"so few seeds; p values of the differences are Holm's, over {len(report.rows) - 1} comparisons "
         f"with {report.rows[0].name}; significant: below {table.ALPHA}.",
-        "Losses at equal FLOPs and equal time are read off the validation curves where the cell that needs "
-        "least had finished; learning rates decay later in the others, which this does not make up for.",
+        f"Curves are of at most {run.eval.rows:,} held-out rows. Losses at equal FLOPs and equal time are "
+        "read off them where the cell that needs least had finished; the learning rate of the others had not "
+        "yet fallen as far, which this does not make up for.",
     ]
     if not report.is_complete:
         missing = sum(study.seeds - row.seeds for row in report.rows)

@@ -43,13 +43,18 @@ class Study:
     cells: tuple[str, ...] = ()  # "alibi+gelu": a choice of every axis
     seeds: int = 3  # runs of each cell: initial values and data order
     match: str = "nothing"  # of the base's, by model.ffn_dim: "parameters", or "flops" a token
-    lengths: tuple[int, ...] = (1,)  # multiples of data.seq_len at which the results are evaluated
+    rows: int = 1024  # held-out rows that the results are scored on; eval.rows are for the curves
+    lengths: tuple[int, ...] = (1,)  # multiples of data.seq_len in which those rows are read
 
     def __post_init__(self):
         config.choose(GRIDS, self.grid, "grid")
         config.choose(MATCHES, self.match, "match")
         if self.seeds < 1:
             raise ValueError(f"seeds={self.seeds} must be positive; 3 are the fewest that say much")
+        if self.rows < max(self.lengths, default=1):
+            raise ValueError(
+                f"rows={self.rows} must be at least {max(self.lengths)}, the longest of lengths"
+            )
         if not self.axes:
             raise ValueError("axes is empty; give at least one axis of choices")
         if bool(self.cells) != (self.grid == "listed"):

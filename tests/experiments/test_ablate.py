@@ -18,6 +18,7 @@ TINY = [
     "--config.base.data.seq_len=32", "--config.base.eval.every=3", "--config.base.eval.rows=16",
     "--config.base.log.every=1", "--config.base.model.layers=2", "--config.base.data.tokenizer.kind=byte",
     "--config.base.model.vocab_size=259", "--config.seeds=2",
+    "--config.rows=16",
 ]  # fmt: skip
 PAGE = "configs/ablations/position.py"
 TABLE = "--config.axes.position.learned.model.max_positions=32"
