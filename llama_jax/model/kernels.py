@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax import config
 from llama_jax.model import mask
+from llama_jax.model.position import BIASED
 from llama_jax.sharding import Layout
 
 BLOCK = 128  # queries at a time; see LOG.md for the sweep
@@ -239,7 +240,7 @@ def cudnn(q_BNTH, k_BKSH, v_BKSH, segments_BT, layout: Layout, scores: Scores = 
 def unable(model: config.Model, kernel: str) -> str:
     """What of the model's attention the kernel does not do; "" if it does all."""
     asked = {
-        f"model.position={model.position!r}": model.position in ("alibi", "t5"),
+        f"model.position={model.position!r}": model.position in BIASED,
         f"model.window={model.window}": model.window > 0,
         f"model.softcap={model.softcap}": model.softcap > 0 and kernel != "splash",
     }

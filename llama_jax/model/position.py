@@ -194,3 +194,4 @@ POSITIONS = {
     "t5": t5,
     "none": none,
 }
+BIASED = ("alibi", "t5")  # give a bias to scores, which kernels other than our own do not take

@@ -1,5 +1,6 @@
 """Documentation runs: every command of README.md, shortened, and every path that the documents name."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -15,13 +16,14 @@ README = (ROOT / "README.md").read_text()
 SHORT = ["--config.train.steps=3", "--config.optim.warmup_steps=1", "--config.eval.rows=8"]
 
 
-WEIGHTS, PLANS = (
+WEIGHTS, PLANS, STUDIES = (
     README.split(f"\n## {title}\n")[1].split("\n## ")[0]
-    for title in ("Weights", "Before a slice starts")
+    for title in ("Weights", "Before a slice starts", "Ablations")
 )
+OTHERS = README.replace(WEIGHTS, "").replace(PLANS, "").replace(STUDIES, "")
 
 
-def commands(text: str = README.replace(WEIGHTS, "").replace(PLANS, "")) -> list[list[str]]:
+def commands(text: str = OTHERS) -> list[list[str]]:
     """`python -m experiments...` lines of shell blocks, continuations joined; what stands twice, once."""
     found = []
     for block in re.findall(r"```sh\n(.*?)```", text, re.S):
@@ -64,8 +66,34 @@ def test_a_command_of_the_readme_runs(words, tmp_path, cache):
     assert "written to" in done.stdout or "wrote" in done.stdout
 
 
-def of(module: str) -> list[tuple[str, ...]]:
-    return [words for words in commands(PLANS) if words[1] == f"experiments.{module}"]
+def of(module: str, text: str = PLANS) -> list[tuple[str, ...]]:
+    return [words for words in commands(text) if words[1] == f"experiments.{module}"]
+
+
+@pytest.mark.parametrize("words", of("ablate", STUDIES), ids=" ".join)
+def test_a_study_of_the_readme_can_start(words):
+    """Every run planned and checked; tests/experiments/test_ablate.py runs them, smaller."""
+    done = helpers.run("ablate", *{*words[2:], "--list"})
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) in (8, 12)
+
+
+@pytest.mark.parametrize("words", of("scaling", STUDIES), ids=" ".join)
+def test_a_law_of_the_readme_is_fitted(words, tmp_path):
+    """Where it names runs: cards of eight, of four sizes and two lengths."""
+    for i, (n, d) in enumerate((n, d) for n in (1e6, 2e6, 4e6, 8e6) for d in (1e8, 4e8)):
+        (tmp_path / f"runs/{i}").mkdir(parents=True)
+        results = {"validation_loss": 1.7 + 400 / n**0.34 + 410 / d**0.28}
+        card = {"parameters": n, "tokens": d, "results": results, "provenance": {"data": "a"}}
+        (tmp_path / f"runs/{i}/runcard.json").write_text(json.dumps(card))
+    places = {"=runs/": f"={tmp_path}/runs/", "=/tmp/": f"={tmp_path}/"}
+    flags = [re.sub("=runs/|=/tmp/", lambda found: places[found[0]], flag) for flag in words[2:]]
+    done = helpers.run("scaling", *flags, "--draws=20")
+    assert done.returncode == 0, done.stderr
+    assert "alpha" in done.stdout
+    assert (
+        not any("output" in flag for flag in flags) or (tmp_path / "scaling/scaling.png").exists()
+    )
 
 
 @pytest.mark.parametrize("words", of("launch"), ids=" ".join)
