@@ -102,9 +102,13 @@ def baselines(run: config.Run, prepared) -> dict[str, float]:
 
 def finish(run, workdir, module, result, prepared) -> None:
     """What is left when the last step is done: plot, run card, a look at what the network writes."""
-    prompt = mixture.validation_rows(prepared, 1)[0][:SAMPLE_PROMPT].tolist()
+    prompt = mixture.validation_rows(prepared, 1)[0][
+        : min(SAMPLE_PROMPT, run.data.seq_len // 2)
+    ].tolist()
+    most = run.model.max_positions or SAMPLE_PROMPT + SAMPLE_TOKENS
+    new = min(SAMPLE_TOKENS, most - len(prompt))
     tokens = generate.continue_text(
-        module, result.state.params, prompt, SAMPLE_TOKENS, SAMPLE_TEMPERATURE, seed=0
+        module, result.state.params, prompt, new, SAMPLE_TEMPERATURE, seed=0
     )
     if not hosts.first():
         return

@@ -22,8 +22,16 @@ def continue_text(
     temperature: float,
     seed: int,
 ) -> list[int]:
-    """Token ids of the prompt and its continuation; temperature 0 takes the likeliest token."""
+    """Token ids of the prompt and its continuation; temperature 0 takes the likeliest token.
+
+    ValueError if they are more than a table of positions has rows.
+    """
     length = len(prompt) + new_tokens
+    if module.config.max_positions and length > module.config.max_positions:
+        raise ValueError(
+            f"a prompt of {len(prompt)} tokens and {new_tokens} new ones do not fit into "
+            f"model.max_positions={module.config.max_positions}"
+        )
     rows = module.layout.row_parts  # the same row on every device
     parts = module.layout.position_parts
     filled = -(-length // parts) * parts

@@ -16,6 +16,7 @@ def test_known_coefficients_come_back(law):
     np.testing.assert_allclose(found, law, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_intervals_of_noisy_runs_hold_the_truth():
     """Of eight sets of runs with 0.3% of noise, at least seven; of a loss within what was run, and beta."""
     held = {"loss": 0, "beta": 0}

@@ -3,6 +3,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from llama_jax import config, sharding
 from llama_jax.decode import generate
@@ -56,3 +57,12 @@ def test_many_devices_give_the_same_text(model):
         module, params = network(model, layout)
         texts.append(generate.continue_text(module, params, PROMPT, 5, 0, seed=0))
     assert texts[0] == texts[1]
+
+
+def test_a_text_longer_than_the_table_of_positions_is_refused(model, layout):
+    model = dataclasses.replace(model, position="learned", max_positions=6)
+    module = transformer.build(model, layout)
+    params = transformer.init(module, jax.random.key(0))
+    assert len(generate.continue_text(module, params, PROMPT, 6 - len(PROMPT), 0, seed=0)) == 6
+    with pytest.raises(ValueError, match=r"do not fit into model\.max_positions=6"):
+        generate.continue_text(module, params, PROMPT, 7 - len(PROMPT), 0, seed=0)

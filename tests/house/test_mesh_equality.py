@@ -181,7 +181,7 @@ def test_rows_that_do_not_divide_raise():
         layout.check_rows(12)
 
 
-@pytest.mark.parametrize("name", ["muon", "adafactor"])
+@pytest.mark.parametrize("name", [pytest.param("muon", marks=pytest.mark.slow), "adafactor"])
 def test_optimisers_have_the_numbers_of_one_device(name):
     """Three steps: what they keep is no copy of the parameters, or is computed from whole matrices."""
 

@@ -1,4 +1,6 @@
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
 from llama_jax import config, sharding
-from llama_jax.model import kernels, mask
+from llama_jax.model import kernels, mask, transformer
 from tests import oracle
 
 B, T, N, K, H = 2, 7, 6, 3, 4
@@ -62,6 +64,58 @@ def test_splash_has_the_numbers_of_the_reference(devices, segments, layout, monk
     assert float(ours) == pytest.approx(float(value), rel=1e-4)
     for a, b in zip(our_gradient, gradient, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
+
+
+def test_splash_caps_scores_as_the_reference(layout, monkeypatch):
+    rng = np.random.default_rng(0)
+    q, k, v, weight = (rng.normal(size=(1, 2, 128, 128)).astype(np.float32) for _ in range(4))
+    q, capped = 4 * q, kernels.Scores(softcap=0.5)
+
+    def loss(kernel, scores):
+        out = lambda *qkv: kernel(*qkv, None, layout, scores)
+        return jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(out(*qkv) * weight), (0, 1, 2)))
+
+    value, gradient = loss(kernels.reference, capped)(q, k, v)
+    interpreted = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", interpreted)
+    ours, our_gradient = loss(kernels.splash, capped)(q, k, v)
+    assert float(ours) == pytest.approx(float(value), rel=1e-4)
+    for a, b in zip(our_gradient, gradient, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
+    uncapped, _ = loss(kernels.reference, kernels.USUAL)(q, k, v)
+    assert abs(float(uncapped) - float(value)) > 1e-2 * abs(float(value))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "changed", "what"),
+    [
+        ("splash", dict(position="alibi"), "model.position='alibi'"),
+        ("splash", dict(position="t5"), "model.position='t5'"),
+        ("splash", dict(window=4), "model.window=4"),
+        ("cudnn", dict(softcap=30.0), "model.softcap=30.0"),
+    ],
+)
+def test_what_a_kernel_cannot_do_is_refused_when_the_network_is_built(
+    kernel, changed, what, layout
+):
+    model = config.Model(kernel=kernel, **changed)
+    with pytest.raises(ValueError, match=f"model.kernel='{kernel}' cannot do {re.escape(what)}"):
+        transformer.build(model, layout)
+    transformer.build(dataclasses.replace(model, kernel="blockwise"), layout)
+
+
+def test_long_rows_have_the_numbers_of_short_ones(layout, monkeypatch):
+    """Blocks that wait for each other compute what they do when they need not."""
+    q, k, v = inputs(length=300)
+
+    def gradient():
+        loss = lambda *qkv: jnp.sum(kernels.blockwise(*qkv, None, layout) ** 2)
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+
+    free = gradient()
+    monkeypatch.setattr(kernels, "IN_ORDER_FROM", 128)
+    for a, b in zip(free, gradient(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
 # bfloat16 has 8 bits: a result is off by half of 2^-8 of itself; sums of products of rounded weights, and what

@@ -18,7 +18,12 @@ def simulated(rng, seeds, rows, of_seed, of_row, of_both, mean=0.0):
 
 @pytest.mark.parametrize(
     ("seeds", "of_seed", "of_row", "of_both"),
-    [(3, 0.02, 0.0, 0.1), (3, 0.005, 0.3, 0.1), (3, 0.0, 0.1, 0.5), (8, 0.05, 0.1, 0.1)],
+    [
+        (3, 0.02, 0.0, 0.1),
+        (3, 0.005, 0.3, 0.1),
+        pytest.param(3, 0.0, 0.1, 0.5, marks=pytest.mark.slow),
+        pytest.param(8, 0.05, 0.1, 0.1, marks=pytest.mark.slow),
+    ],
 )
 def test_intervals_hold_the_truth_nineteen_times_of_twenty(
     seeds, of_seed, of_row, of_both, monkeypatch

@@ -45,5 +45,6 @@ def test_twice_the_text_takes_less_than_thrice_the_time(request, kind, shape):
         return spent
 
     for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text], 1)[0]):
-        short = min(seconds(60_000, encode) for _ in range(3))
-        assert min(seconds(120_000, encode) for _ in range(3)) < 3 * short
+        # What disturbs a measurement comes and goes; twice the text at four times the time would stay.
+        tries = (seconds(120_000, encode) / seconds(60_000, encode) for _ in range(10))
+        assert min(tries) < 3
