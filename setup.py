@@ -26,6 +26,8 @@ setup(
         "protobuf",
         "psutil",
         "pyarrow",
+        "rich",
+        "scipy",
         "tensorboardX",
         "tensorstore",
         "tqdm",

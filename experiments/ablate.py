@@ -26,7 +26,7 @@ from llama_jax.analysis import memory, runcard
 from llama_jax.data import mixture, prepare
 from llama_jax.eval import score
 from llama_jax.study import grid, record, report, schema
-from llama_jax.train import checkpoint, loop
+from llama_jax.train import checkpoint, loop, metrics
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the study keeps everything it writes.")
@@ -57,7 +57,10 @@ def main() -> int:
 
     hosts.join(study.base.mesh.hardware)
     cli.tune_for_cpu()
+    session.check_hardware(study.base)
     hosts.together(lambda: claim(workdir, study))
+    if jax.process_count() > 1:
+        session.check_shared(workdir)
     cache = Path(study.base.data.cache).expanduser()
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
     if hosts.first():
@@ -86,12 +89,8 @@ def choose(runs: list) -> list:
         if not 1 <= int(k) <= int(n):
             raise ValueError(f"--only={ONLY.value} must be k/N with k from 1 to N")
         return runs[int(k) - 1 :: int(n)]
-    names = {name_of(cell, seed): (cell, seed) for cell, seed in runs}
+    names = {grid.name_of(cell, seed): (cell, seed) for cell, seed in runs}
     return [config.choose(names, ONLY.value, "--only")]
-
-
-def name_of(cell: grid.Cell, seed: int) -> str:
-    return f"{cell.name}-seed{seed}"
 
 
 def run_all(study, found, chosen, workdir, interrupt, view) -> tuple[float, int]:
@@ -144,9 +143,8 @@ def run_one(study, cell, seed, machine, folder, interrupt, view) -> float:
 
 
 def seconds_of(folder: Path) -> float:
-    path = folder / "metrics.jsonl"
-    rows = path.read_text().splitlines() if path.exists() else []
-    return json.loads(rows[-1])["seconds"] if rows else 0.0
+    rows = metrics.read(folder / "metrics.jsonl")
+    return rows[-1]["seconds"] if rows else 0.0
 
 
 def scores_of(study, run, machine, params, prepared) -> dict[int, score.Scores]:
@@ -184,18 +182,12 @@ def claim(workdir: Path, study: schema.Study, must_exist: bool = False) -> None:
     if path.exists():
         differing = differences(json.loads(path.read_text()), ours)
         if differing:
-            raise ValueError(
-                f"--workdir={workdir} holds another study; it differs in\n  "
-                + "\n  ".join(differing)
-                + "\ngive a new --workdir, or the settings of the study that is there"
-            )
+            raise session.another(workdir, "study", differing)
     elif must_exist:
         raise ValueError(f"--workdir={workdir} holds no study: there is no {path.name}")
     elif hosts.first():
         workdir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(ours, indent=2) + "\n")
-        temporary.replace(path)
+        session.write_whole(path, ours)
 
 
 def differences(old: dict, new: dict) -> list[str]:
@@ -226,7 +218,7 @@ def describe(study: schema.Study, found: list[grid.Cell]) -> list[str]:
 def make(study, found, workdir) -> report.Report:
     results = record.collect(workdir, found, study.seeds)
     commands = {"": command()} | {
-        name_of(cell, seed): command_of(cell, seed) for cell, seed in grid.runs(study, found)
+        grid.name_of(cell, seed): command_of(cell, seed) for cell, seed in grid.runs(study, found)
     }
     return report.write(title(), study, results, commands, workdir)
 
@@ -255,7 +247,7 @@ def command(*more: str) -> str:
 
 
 def command_of(cell: grid.Cell, seed: int) -> str:
-    return command(f"--only={name_of(cell, seed)}")
+    return command(f"--only={grid.name_of(cell, seed)}")
 
 
 if __name__ == "__main__":

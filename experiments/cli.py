@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import difflib
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -121,7 +120,7 @@ def _unknown_setting(argv: list[str], known: list[str]) -> str:
         name = argument.partition("=")[0]
         is_open = ".sources." in name or ".axes." in name
         if name.startswith("--config.") and not is_open and name not in known:
-            return f"unknown setting {name}; nearest: {difflib.get_close_matches(name, known, 1, 0)[0]}"
+            return f"unknown setting {name}; nearest: {config.nearest(name, known)}"
     return ""
 
 

@@ -21,7 +21,6 @@ class Overview:
         self._workdir, self._runs, self._quiet = workdir, runs, quiet
         self._rows: dict[tuple[str, int], Row] = {}
         self._now: tuple[str, int] | None = None
-        self._steps = 0
         for cell, seed in runs:
             path = record.folder(workdir, cell, seed) / "metrics.jsonl"
             if path.exists() and (rows := read(path)):
@@ -57,7 +56,7 @@ class Overview:
         self._say(f"FAILED {cell.name}, seed {seed}: {first}")
 
     def console(self, first: int, steps: int) -> "Overview":
-        self._steps = steps
+        """What session.train asks for: it is this, for every run."""
         return self
 
     def write(self, row: Row) -> None:

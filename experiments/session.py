@@ -49,6 +49,21 @@ class Machine:
         return jax.jit(self.program.objective)
 
 
+def check_hardware(run: config.Run) -> None:
+    """ValueError unless the devices are those of the slice that the page was laid out for, if it was."""
+    if run.mesh.hardware == "any":
+        return
+    wanted = hardware.find_slice(run.mesh.hardware, "mesh.hardware")
+    kind, count = jax.devices()[0].device_kind, jax.device_count()
+    if (hardware.find(kind), count) != (hardware.DEVICES[wanted.device], wanted.devices):
+        spread = "1 host" if wanted.hosts == 1 else f"{wanted.hosts} hosts"
+        raise ValueError(
+            f"this run is laid out for {run.mesh.hardware}: {wanted.devices} x {wanted.device} on {spread}; "
+            f"here is {count} x {kind}: start the command on every host of the slice, or leave the slice "
+            "out of --config"
+        )
+
+
 def claim(workdir: Path, run: config.Run) -> None:
     """Make the workdir this run's. ValueError if it is another's, or cannot be written."""
     try:
@@ -63,15 +78,24 @@ def claim(workdir: Path, run: config.Run) -> None:
     if trained and path.exists():
         differing = config.diff(config.from_dict(json.loads(path.read_text())), run, essential=True)
         if differing:
-            raise ValueError(
-                f"--workdir={workdir} holds another run; it differs in\n  "
-                + "\n  ".join(differing)
-                + "\ngive a new --workdir, or the settings of the run that is there"
-            )
+            raise another(workdir, "run", differing)
     if hosts.first():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(config.to_dict(run), indent=2) + "\n")
-        temporary.replace(path)
+        write_whole(path, config.to_dict(run))
+
+
+def another(workdir: Path, what: str, differing: list[str]) -> ValueError:
+    return ValueError(
+        f"--workdir={workdir} holds another {what}; it differs in\n  "
+        + "\n  ".join(differing)
+        + f"\ngive a new --workdir, or the settings of the {what} that is there"
+    )
+
+
+def write_whole(path: Path, values: dict[str, Any]) -> None:
+    """As JSON; a reader sees all of it or the file before."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    temporary.replace(path)
 
 
 def check_shared(workdir: Path) -> None:

@@ -17,7 +17,7 @@ from absl import flags
 
 from experiments import cli, hosts, session
 from llama_jax import config, tree
-from llama_jax.analysis import baseline, hardware, runcard
+from llama_jax.analysis import baseline, runcard
 from llama_jax.convert import native
 from llama_jax.data import mixture
 from llama_jax.decode import generate
@@ -36,7 +36,7 @@ def main() -> int:
     run = cli.frozen(CONFIG)
     hosts.join(run.mesh.hardware)
     cli.tune_for_cpu()
-    check_hardware(run)
+    session.check_hardware(run)
     workdir = Path(WORKDIR.value).expanduser().absolute()
     hosts.together(lambda: session.claim(workdir, run))
     if jax.process_count() > 1:
@@ -70,21 +70,6 @@ def train(run, workdir, machine, prepared, interrupt) -> int:
     else:
         finish(run, workdir, machine.program.module, result, prepared)
     return 0
-
-
-def check_hardware(run: config.Run) -> None:
-    """ValueError unless the devices are those of the slice that the page was laid out for, if it was."""
-    if run.mesh.hardware == "any":
-        return
-    wanted = hardware.find_slice(run.mesh.hardware, "mesh.hardware")
-    kind, count = jax.devices()[0].device_kind, jax.device_count()
-    if (hardware.find(kind), count) != (hardware.DEVICES[wanted.device], wanted.devices):
-        spread = "1 host" if wanted.hosts == 1 else f"{wanted.hosts} hosts"
-        raise ValueError(
-            f"this run is laid out for {run.mesh.hardware}: {wanted.devices} x {wanted.device} on {spread}; "
-            f"here is {count} x {kind}: start the command on every host of the slice, or leave the slice "
-            "out of --config"
-        )
 
 
 def baselines(run: config.Run, prepared) -> dict[str, float]:

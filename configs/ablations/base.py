@@ -19,7 +19,7 @@ QUICK = {
 
 
 def run() -> ml_collections.ConfigDict:
-    """300K parameters, 1.5M tokens, a third of the text: some 75 s a run on 2 cores."""
+    """300K parameters, 1.5M tokens, a third of the text: 80 to 90 s a run on 2 cores."""
     page = base.page(
         "",
         sizes.RESEARCH_300K,

@@ -160,8 +160,8 @@ def _work(
     arrays = work.wide * model.ffn_dim + work.narrow * narrow
     arrays += (tensor > 1) * tensor * work.gathered * model.dim
     # Half the square at once, or a block of its rows (kernels.py).
-    keys = seq_len / 2 if seq_len <= IN_ORDER_FROM else BLOCK
-    scores = 4 * tokens * model.heads * keys if model.kernel == "blockwise" else 0
+    seen = seq_len / 2 if seq_len <= IN_ORDER_FROM else BLOCK
+    scores = 4 * tokens * model.heads * seen if model.kernel == "blockwise" else 0
     return width * (work.weights * weights + tokens * arrays) + SCORES * scores
 
 

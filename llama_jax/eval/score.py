@@ -54,9 +54,7 @@ def windows(
     R must be a multiple of `times`. tokens_at_once: about so many go through the network together.
     """
     R, T = len(rows), rows.shape[1] - 1
-    stream = np.concatenate([rows[:1, 0], rows[:, 1:].ravel()])
-    starts = np.arange(0, R * T, times * T)
-    long_rows = stream[starts[:, None] + np.arange(times * T + 1)]
+    long_rows = np.concatenate([rows[::times, :1], rows[:, 1:].reshape(-1, times * T)], axis=1)
     found = np.concatenate(list(_batches(module, params, long_rows, tokens_at_once)))
     return Scores(found.reshape(R, T).mean(1), found.mean(0))
 

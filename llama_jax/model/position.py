@@ -33,18 +33,22 @@ def frequencies(head_dim: int, rope: config.Rope, dtype: type = np.float64) -> n
     """
     turning = rope.rotary_dim or head_dim
     exponents = np.arange(0, turning, 2, dtype) / dtype(turning)
-    theta = rope.theta
-    if rope.scaling == "ntk":
-        theta *= rope.factor ** (turning / (turning - 2))
-    inverse = 1 / (theta ** exponents.astype(np.float64)).astype(dtype)
-    if rope.scaling != "ntk":
-        inverse = SCALINGS[rope.scaling](inverse, rope)
+    inverse = 1 / (rope.theta ** exponents.astype(np.float64)).astype(dtype)
+    inverse = SCALINGS[rope.scaling](inverse, rope).astype(dtype)
     return np.concatenate([inverse, np.zeros((head_dim - turning) // 2, dtype)])
 
 
 def _linear(inverse, rope):
     """Positions as if they were closer together (arXiv:2306.15595 eq. 4)."""
     return inverse / rope.factor
+
+
+def _ntk(inverse, rope):
+    """The fastest pair stays, the slowest is stretched by the factor: theta x factor^(d / (d - 2)).
+
+    As "NTK-aware" scaling is given in arXiv:2309.00071 eq. 16.
+    """
+    return inverse / rope.factor ** np.linspace(0, 1, len(inverse))
 
 
 def _by_parts(inverse, rope):
@@ -59,8 +63,7 @@ def _by_parts(inverse, rope):
     return inverse * (keep + (1 - keep) / rope.factor)
 
 
-# "ntk" changes theta instead, so that the fastest pair stays and the slowest is stretched by the factor.
-SCALINGS = {"linear": _linear, "llama3": _by_parts, "yarn": _by_parts}
+SCALINGS = {"linear": _linear, "ntk": _ntk, "llama3": _by_parts, "yarn": _by_parts}
 
 
 def rope_turns(model: config.Model, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -17,7 +17,6 @@ from llama_jax.model import kernels
 from llama_jax.model.block import BLOCKS, PLACEMENTS
 from llama_jax.model.ffn import FFNS
 from llama_jax.model.init import INITS, initial, mup_ratio, param
-from llama_jax.model.kernels import KERNELS
 from llama_jax.model.norm import NORMS
 from llama_jax.model.position import POSITIONS, Where
 from llama_jax.sharding import Layout
@@ -128,7 +127,7 @@ def build(model: config.Model, layout: Layout) -> Transformer:
     """The module, after checking that its slots exist and that its parameters divide by the mesh."""
     for slots, field in (
         *((NORMS, "norm"), (PLACEMENTS, "placement"), (POSITIONS, "position"), (FFNS, "ffn")),
-        *((INITS, "init"), (KERNELS, "kernel"), (REMAT, "remat")),
+        *((INITS, "init"), (kernels.KERNELS, "kernel"), (REMAT, "remat")),
         (("none", *NORMS), "qk_norm"),
     ):
         config.choose(slots, getattr(model, field), f"model.{field}")

@@ -45,6 +45,11 @@ def runs(study: Study, found: list[Cell]) -> list[tuple[Cell, int]]:
     return [(cell, seed) for seed in range(study.seeds) for cell in found]
 
 
+def name_of(cell: Cell, seed: int) -> str:
+    """Of one run, and of its folder."""
+    return f"{cell.name}-seed{seed}"
+
+
 def seeded(run: config.Run, seed: int) -> config.Run:
     """Other initial values and another order of the same text; equal across cells."""
     return dataclasses.replace(

@@ -1,6 +1,7 @@
 """The pictures of a study, as SVG."""
 
 import io
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +35,7 @@ def all_of(results: list[Results], rows: list[Row], seq_len: int) -> dict[str, s
             lambda axes: _curves(axes, done, styles, "seconds", "seconds in training steps")
         ),
     }
-    if any(row.difference.low == row.difference.low for row in rows[1:]):
+    if any(not math.isnan(row.difference.low) for row in rows[1:]):
         found["Final loss less the base's: paired, with 95% intervals, before any correction."] = (
             _figure(lambda axes: _differences(axes, rows), height=1.2 + 0.45 * len(rows))
         )
@@ -91,7 +92,7 @@ def _curves(axes, results: list[Results], styles, x: str, label: str) -> None:
 
 
 def _differences(axes, rows: list[Row]) -> None:
-    known = [row for row in rows[1:] if row.difference.low == row.difference.low][::-1]
+    known = [row for row in rows[1:] if not math.isnan(row.difference.low)][::-1]
     for y, row in enumerate(known):
         of = row.difference
         colour = {"better": "C2", "worse": "C3"}.get(row.verdict, "grey")
@@ -100,12 +101,12 @@ def _differences(axes, rows: list[Row]) -> None:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(known)), [row.name for row in known])
     axes.set_ylim(-0.6, len(known) - 0.4)
-    axes.set(xlabel=f"nats a token less than {rows[0].name} (left: better)")
+    axes.set(xlabel=f"nats a token more than {rows[0].name} (left: better)")
 
 
 def _lengths(axes, rows: list[Row], styles, seq_len: int) -> None:
     for row in rows:
-        known = {n: of for n, of in row.by_length.items() if of.mean == of.mean}
+        known = {n: of for n, of in row.by_length.items() if not math.isnan(of.mean)}
         lengths = [n * seq_len for n in known]
         means = [of.mean for of in known.values()]
         axes.plot(lengths, means, marker="o", label=row.name, **styles[row.name])

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama_jax.eval.score import Scores
-from llama_jax.study.grid import Cell
+from llama_jax.study.grid import Cell, name_of
 from llama_jax.train import metrics
 
 SCORES, FAILED, CARD = "scores.npz", "failed.txt", "runcard.json"
 
 
 def folder(workdir: Path, cell: Cell, seed: int) -> Path:
-    return workdir / "runs" / f"{cell.name}-seed{seed}"
+    return workdir / "runs" / name_of(cell, seed)
 
 
 def state(path: Path) -> str:

@@ -8,7 +8,7 @@ quick  what `preset` "quick" changes in all this, for a first look
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import ml_collections
@@ -90,7 +90,7 @@ def edit(
     return ml_collections.ConfigDict(plain).lock()
 
 
-def freeze(edited: ml_collections.ConfigDict, overridden: Mapping[str, Any] = {}) -> Study:
+def freeze(edited: ml_collections.ConfigDict, overridden: Collection[str] = ()) -> Study:
     """The contract of an edited study; `overridden` from the command line stand above preset "quick"."""
     values = edited.to_dict()
     preset, quick = values.pop("preset"), values.pop("quick")

@@ -38,10 +38,31 @@ def test_kernels_are_the_formula(kernel, segments, layout):
         np.testing.assert_allclose(ours[b].transpose(1, 0, 2), expected, rtol=2e-5, atol=2e-6)
 
 
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Splash as Pallas interprets it; on a TPU it is compiled."""
+    made = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", made)
+
+
+def same_numbers(kernel, expected, qkv, weight) -> float:
+    """Forward and gradient of a weighted sum, which is returned."""
+
+    def weighted(attend):
+        total = lambda *qkv: jnp.sum(attend(*qkv) * weight)
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(*qkv)
+
+    (ours, our_gradient), (value, gradient) = weighted(kernel), weighted(expected)
+    assert float(ours) == pytest.approx(float(value), rel=1e-4)
+    for a, b in zip(our_gradient, gradient, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
+    return float(value)
+
+
 @pytest.mark.parametrize("segments", [None, "two"])
 @pytest.mark.parametrize("devices", [1, 4])
-def test_splash_has_the_numbers_of_the_reference(devices, segments, layout, monkeypatch):
-    """The kernel as Pallas interprets it; on a TPU it is compiled. Forward and gradient."""
+@pytest.mark.usefixtures("interpreted")
+def test_splash_has_the_numbers_of_the_reference(devices, segments, layout):
     length, heads = 256, 4
     rng = np.random.default_rng(0)
     q, k, v, weight = (
@@ -53,37 +74,28 @@ def test_splash_has_the_numbers_of_the_reference(devices, segments, layout, monk
     many = sharding.make(config.Mesh(fsdp=2, tensor=2), jax.devices()[:4])
     wide = layout if devices == 1 else many
 
-    def loss(kernel, layout):
-        out = lambda *qkv: kernel(*qkv, segments, layout)
-        return jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(out(*qkv) * weight), (0, 1, 2)))
-
-    value, gradient = loss(kernels.reference, layout)(q, k, v)
-    interpreted = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
-    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", interpreted)
-    ours, our_gradient = loss(kernels.splash, wide)(q, k, v)
-    assert float(ours) == pytest.approx(float(value), rel=1e-4)
-    for a, b in zip(our_gradient, gradient, strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
+    same_numbers(
+        lambda *qkv: kernels.splash(*qkv, segments, wide),
+        lambda *qkv: kernels.reference(*qkv, segments, layout),
+        (q, k, v),
+        weight,
+    )
 
 
-def test_splash_caps_scores_as_the_reference(layout, monkeypatch):
+@pytest.mark.usefixtures("interpreted")
+def test_splash_caps_scores_as_the_reference(layout):
     rng = np.random.default_rng(0)
     q, k, v, weight = (rng.normal(size=(1, 2, 128, 128)).astype(np.float32) for _ in range(4))
     q, capped = 4 * q, kernels.Scores(softcap=0.5)
 
-    def loss(kernel, scores):
-        out = lambda *qkv: kernel(*qkv, None, layout, scores)
-        return jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(out(*qkv) * weight), (0, 1, 2)))
-
-    value, gradient = loss(kernels.reference, capped)(q, k, v)
-    interpreted = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
-    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", interpreted)
-    ours, our_gradient = loss(kernels.splash, capped)(q, k, v)
-    assert float(ours) == pytest.approx(float(value), rel=1e-4)
-    for a, b in zip(our_gradient, gradient, strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
-    uncapped, _ = loss(kernels.reference, kernels.USUAL)(q, k, v)
-    assert abs(float(uncapped) - float(value)) > 1e-2 * abs(float(value))
+    value = same_numbers(
+        lambda *qkv: kernels.splash(*qkv, None, layout, capped),
+        lambda *qkv: kernels.reference(*qkv, None, layout, capped),
+        (q, k, v),
+        weight,
+    )
+    uncapped = float(jnp.sum(kernels.reference(q, k, v, None, layout) * weight))
+    assert abs(uncapped - value) > 1e-2 * abs(value)
 
 
 @pytest.mark.parametrize(
@@ -124,14 +136,13 @@ def test_long_rows_have_the_numbers_of_short_ones(layout, monkeypatch):
 BFLOAT16 = {"reference": 2**-4, "blockwise": 2**-6, "splash": 2**-6}
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("kernel", BFLOAT16)
-def test_bfloat16_is_near_float32(kernel, layout, monkeypatch):
+def test_bfloat16_is_near_float32(kernel, layout):
     length, width = 256, 128
     rng = np.random.default_rng(0)
     q, k, v, weight = (rng.normal(size=(2, n, length, width)) for n in (4, 2, 2, 4))
     q = q / np.sqrt(width) * 4  # logits of a spread of 4: attention that has something to attend to
-    interpreted = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
-    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", interpreted)
 
     def of(name, dtype):
         arrays = [jnp.asarray(x, dtype) for x in (q, k, v)]
