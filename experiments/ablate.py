@@ -7,11 +7,9 @@ the k-th on, for job arrays that share a workdir; --only=NAME takes one; --repor
 what is there.
 """
 
-import dataclasses
-import functools
+import contextlib
 import json
 import shlex
-import sys
 import time
 from pathlib import Path
 
@@ -21,12 +19,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import cli, hosts, overview, session
-from llama_jax import config
+from llama_jax import config, files
 from llama_jax.analysis import memory, runcard
 from llama_jax.data import mixture, prepare
 from llama_jax.eval import score
 from llama_jax.study import grid, record, report, schema
-from llama_jax.train import checkpoint, loop, metrics
+from llama_jax.train import checkpoint, loop
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the study keeps everything it writes.")
@@ -44,21 +42,21 @@ def main() -> int:
     found = grid.cells(study)
     runs = grid.runs(study, found)
     chosen = choose(runs)
+    if WORKDIR.value is None:
+        raise ValueError("--workdir must name the folder of the study")
     if LIST.value:
         for cell, seed in chosen:
             print(command_of(cell, seed))
         return 0
-    if WORKDIR.value is None:
-        raise ValueError("--workdir must name the folder of the study")
     workdir = Path(WORKDIR.value).expanduser().absolute()
     if REPORT_ONLY.value:
-        claim(workdir, study, must_exist=True)
+        claim(workdir, study, found, must_exist=True)
         return write(study, found, workdir)
 
     hosts.join(study.base.mesh.hardware)
     cli.tune_for_cpu()
     session.check_hardware(study.base)
-    hosts.together(lambda: claim(workdir, study))
+    hosts.together(lambda: claim(workdir, study, found))
     if jax.process_count() > 1:
         session.check_shared(workdir)
     cache = Path(study.base.data.cache).expanduser()
@@ -66,12 +64,15 @@ def main() -> int:
     if hosts.first():
         print("\n".join(describe(study, found)))
     start = time.perf_counter()
+    prepared = session.prepare_once(study.base.data, study.base.model.vocab_size)
+    rows = held_out(study, prepared)
     view = overview.Overview(workdir, runs, quiet=not hosts.first())
     with loop.Interrupt() as interrupt, view:
-        trained, failed = run_all(study, found, chosen, workdir, interrupt, view)
+        trained, failed = run_all(study, found, chosen, prepared, rows, workdir, interrupt, view)
     if interrupt.signal:
-        print(f"{interrupt.signal}: saved; run the same command to go on:\n  {command()}")
-        return 0
+        if hosts.first():
+            print(f"{interrupt.signal}: saved; run the same command to go on:\n  {command()}")
+        return 1 if failed else 0
     if trained:
         share = trained / (time.perf_counter() - start)
         print(f"{share:.0%} of the time was spent in training steps")
@@ -93,7 +94,15 @@ def choose(runs: list) -> list:
     return [config.choose(names, ONLY.value, "--only")]
 
 
-def run_all(study, found, chosen, workdir, interrupt, view) -> tuple[float, int]:
+def held_out(study: schema.Study, prepared: prepare.Prepared) -> np.ndarray:
+    """The rows that results are scored on. ValueError if there are too few."""
+    try:
+        return np.stack(mixture.spread_rows(prepared, study.rows, study.block))
+    except ValueError as error:
+        raise ValueError(f"rows={study.rows}: {error}") from None
+
+
+def run_all(study, found, chosen, prepared, rows, workdir, interrupt, view) -> tuple[float, int]:
     """Seconds in training steps and failures of this session."""
     machines, trained, failed = {}, 0.0, 0
     for cell, seed in chosen:
@@ -104,90 +113,75 @@ def run_all(study, found, chosen, workdir, interrupt, view) -> tuple[float, int]
         try:
             if cell.name not in machines:
                 machines[cell.name] = session.Machine(cell.run)
-            trained += run_one(study, cell, seed, machines[cell.name], folder, interrupt, view)
+            run = grid.seeded(cell.run, seed)
+            machine = machines[cell.name]
+            result, seconds = train(run, folder, machine, prepared, interrupt, view)
+            trained += seconds
+            if not result.interrupted:
+                finish(study, cell, seed, machine, folder, prepared, rows, result)
         except FAILURES as error:
             failed += 1
             if hosts.first():
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / record.FAILED).write_text(
-                    f"{str(error).strip() or type(error).__name__}\n"
-                )
+                reason = f"{str(error).strip() or type(error).__name__}\n"
+                files.write(folder / record.FAILED, reason)
             view.fail(cell, seed, error)
-        if interrupt.signal:
-            break
         view.end(cell, seed)
         if hosts.first():
-            make(study, found, workdir)
+            with contextlib.suppress(OSError):  # it is written anew after the next one
+                make(study, found, workdir)
+        if interrupt.signal:
+            break
     return trained, failed
 
 
-def run_one(study, cell, seed, machine, folder, interrupt, view) -> float:
-    """Train, score at every length, write the card. Seconds in training steps, in this session."""
-    run = grid.seeded(cell.run, seed)
+def train(run, folder, machine, prepared, interrupt, view) -> tuple[session.Result, float]:
+    """The run to its end or an interruption; and its seconds in training steps in this session."""
     hosts.together(lambda: session.claim(folder, run))
     if hosts.first():
         (folder / record.FAILED).unlink(missing_ok=True)
-    prepared = prepared_for(run.data, run.model.vocab_size)
-    before = seconds_of(folder)
+    before = time.perf_counter()
     result = session.train(run, folder, machine, prepared, interrupt, view.console)
-    if not result.interrupted:
-        scores = scores_of(study, run, machine, result.state.params, prepared)
-        if hosts.first():
-            need = memory.need(run, machine.program.state, machine.kind)
-            card = session.card(
-                run, result, prepared, command_of(cell, seed), {"memory_gib": need.total}
-            )
-            runcard.write(card, folder)
-            record.write_scores(folder, scores)  # last: it says that the run is done
-    return result.seconds - before
+    return result, min(result.seconds, time.perf_counter() - before)
 
 
-def seconds_of(folder: Path) -> float:
-    rows = metrics.read(folder / "metrics.jsonl")
-    return rows[-1]["seconds"] if rows else 0.0
+def finish(study, cell, seed, machine, folder, prepared, rows, result) -> None:
+    """Score at every length at which the network is defined, and write the card.
 
-
-def scores_of(study, run, machine, params, prepared) -> dict[int, score.Scores]:
-    """At each length at which the network is defined: a table of positions ends with what was trained."""
-    rows = np.stack(mixture.validation_rows(prepared, study.rows))
-    longest = max(study.lengths)
-    rows = rows[: len(rows) // longest * longest]
-    if not len(rows):
-        raise ValueError(
-            f"lengths={study.lengths} needs {longest} held-out rows, and there are fewer"
-        )
+    A table of positions ends with what was trained.
+    """
+    run = grid.seeded(cell.run, seed)
     table = run.model.max_positions
     at_once = run.tokens_per_step // run.train.microbatches
-    return {
-        times: score.windows(machine.program.module, params, rows, times, at_once)
+    scores = {
+        times: score.windows(machine.program.module, result.state.params, rows, times, at_once)
         for times in study.lengths
         if not table or times * run.data.seq_len <= table
     }
+    if hosts.first():
+        need = memory.need(run, machine.program.state, machine.kind)
+        more = {"memory_gib": need.total}
+        runcard.write(session.card(run, result, prepared, command_of(cell, seed), more), folder)
+        record.write_scores(folder, scores)  # last: it says that the run is done
 
 
-def prepared_for(data: config.Data, vocab_size: int) -> prepare.Prepared:
-    """Rows do not depend on the seed of their order: prepared once for all runs."""
-    return _prepared(dataclasses.replace(data, seed=0), vocab_size)
-
-
-@functools.lru_cache(maxsize=8)
-def _prepared(data: config.Data, vocab_size: int) -> prepare.Prepared:
-    return session.prepare_once(data, vocab_size)
-
-
-def claim(workdir: Path, study: schema.Study, must_exist: bool = False) -> None:
-    """Make the workdir this study's. ValueError if it is another's."""
+def claim(workdir: Path, study: schema.Study, found: list, must_exist: bool = False) -> None:
+    """Make the workdir this study's. ValueError if it is another's, or has runs that are not these."""
     path = workdir / "study.json"
     ours = json.loads(json.dumps(schema.to_dict(study)))
     if path.exists():
         differing = differences(json.loads(path.read_text()), ours)
         if differing:
             raise session.another(workdir, "study", differing)
+        record.check(workdir, found, study.seeds)
     elif must_exist:
         raise ValueError(f"--workdir={workdir} holds no study: there is no {path.name}")
-    elif hosts.first():
-        workdir.mkdir(parents=True, exist_ok=True)
-        session.write_whole(path, ours)
+    if hosts.first() and not must_exist:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            files.write(path, json.dumps(ours, indent=2) + "\n")
+        except OSError as error:
+            raise ValueError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
 
 
 def differences(old: dict, new: dict) -> list[str]:
@@ -199,7 +193,7 @@ def differences(old: dict, new: dict) -> list[str]:
 
 def describe(study: schema.Study, found: list[grid.Cell]) -> list[str]:
     """What there will be, and what was matched."""
-    base = found[0]
+    base, steps = found[0], study.base.train.steps
     lines = [
         f"{len(found)} cells x {study.seeds} seeds; the base is {base.name}; matched: {study.match}"
     ]
@@ -211,16 +205,18 @@ def describe(study: schema.Study, found: list[grid.Cell]) -> list[str]:
             f"  {cell.name:{width}}  ffn_dim {cell.run.model.ffn_dim}  "
             f"{cell.parameters:,} parameters ({more:+.2%})  "
             f"{cell.flops_per_token:,} FLOPs a token ({flops:+.2%})"
+            + (f"  {cell.run.train.steps:,} steps" if cell.run.train.steps != steps else "")
         )
     return lines
 
 
 def make(study, found, workdir) -> report.Report:
     results = record.collect(workdir, found, study.seeds)
-    commands = {"": command()} | {
-        grid.name_of(cell, seed): command_of(cell, seed) for cell, seed in grid.runs(study, found)
-    }
-    return report.write(title(), study, results, commands, workdir)
+    ran = {(one.cell.name, run.seed): run.card["command"] for one in results for run in one.runs}
+    commands = [
+        ran.get((cell.name, seed), command_of(cell, seed)) for cell, seed in grid.runs(study, found)
+    ]
+    return report.write(title(), study, results, [command(), *commands], workdir)
 
 
 def write(study, found, workdir) -> int:
@@ -236,14 +232,23 @@ def write(study, found, workdir) -> int:
 
 
 def title() -> str:
-    page = next((a.partition("=")[2] for a in sys.argv if a.startswith("--config=")), "")
-    return f"Ablation: {Path(page.partition(':')[0]).stem}"
+    return f"Ablation: {Path(page().partition(':')[0]).stem}"
+
+
+def page() -> str:
+    return flags.FLAGS["config"].config_filename
 
 
 def command(*more: str) -> str:
     """This study's, without what chooses among its runs."""
-    kept = [a for a in sys.argv[1:] if not a.startswith(("--only", "--list", "--report-only"))]
-    return shlex.join(["python", "-m", "experiments.ablate", *kept, *more])
+    settings = config_flags.get_override_values(flags.FLAGS["config"])
+    given = [
+        f"--config={page()}",
+        *(f"--config.{place}={value}" for place, value in settings.items()),
+    ]
+    if WORKDIR.value is not None:
+        given.append(f"--workdir={WORKDIR.value}")
+    return shlex.join(["python", "-m", "experiments.ablate", *given, *more])
 
 
 def command_of(cell: grid.Cell, seed: int) -> str:

@@ -1,5 +1,6 @@
 """A live view of a study's runs: state, loss and time left. A table on a terminal, lines elsewhere."""
 
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from llama_jax.study import record
 from llama_jax.study.grid import Cell
 from llama_jax.train.metrics import Row, read
 
+EVERY = 30.0  # seconds between lines of a run where there is no table
 STYLES = {"done": "green", "failed": "red", "running": "bold"}
 
 
@@ -25,6 +27,8 @@ class Overview:
             path = record.folder(workdir, cell, seed) / "metrics.jsonl"
             if path.exists() and (rows := read(path)):
                 self._rows[cell.name, seed] = rows[-1]
+        self._took: list[float] = []  # seconds of each run that this session finished
+        self._began = self._said = time.monotonic()
         self._terminal = Console(stderr=True)
         is_live = self._terminal.is_terminal and not quiet
         self._live = Live(console=self._terminal, auto_refresh=False) if is_live else None
@@ -40,6 +44,7 @@ class Overview:
 
     def begin(self, cell: Cell, seed: int) -> None:
         self._now = (cell.name, seed)
+        self._began = time.monotonic()
         self._show()
 
     def end(self, cell: Cell, seed: int) -> None:
@@ -47,7 +52,10 @@ class Overview:
         row = self._rows.get((cell.name, seed), {})
         done = sum(self._state(*run) == "done" for run in self._runs)
         if "validation_loss" in row and self._state(cell, seed) == "done":
-            said = f"validation {row['validation_loss']:.4f} in {row['seconds']:.0f} s"
+            self._took.append(time.monotonic() - self._began)
+            said = (
+                f"validation {row['validation_loss']:.4f} in {row['seconds']:.0f} s{self._left()}"
+            )
             self._say(f"[{done}/{len(self._runs)}] {cell.name}, seed {seed}: {said}")
         self._show()
 
@@ -63,6 +71,12 @@ class Overview:
         """Of the run that is on; as metrics.Console has it."""
         self._rows[self._now] = self._rows.get(self._now, {}) | row
         self._show()
+        if not self._live and time.monotonic() - self._said > EVERY:
+            name, seed = self._now
+            left = tqdm.format_interval(row["eta_seconds"])
+            self._say(
+                f"{name}, seed {seed}: step {row['step']}, loss {row['loss']:.4f}, {left} left"
+            )
 
     def say(self, text: str) -> None:
         self._say(text)
@@ -75,7 +89,18 @@ class Overview:
             return "running"
         return record.state(record.folder(self._workdir, cell, seed))
 
+    def _left(self) -> str:
+        """Of the whole study, were this process alone; "" before a run has shown how long one takes."""
+        runs = sum(self._state(*run) != "done" for run in self._runs)
+        if not (runs and self._took):
+            return ""
+        seconds = runs * sum(self._took) / len(self._took)
+        if self._now:
+            seconds -= time.monotonic() - self._began
+        return f"; {runs} runs, about {tqdm.format_interval(max(seconds, 0))} left"
+
     def _say(self, text: str) -> None:
+        self._said = time.monotonic()
         if self._quiet:
             return
         if self._live:
@@ -88,7 +113,7 @@ class Overview:
             self._live.update(self._table(), refresh=True)
 
     def _table(self) -> Table:
-        table = Table(box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False, caption=self._left().removeprefix("; "))
         for name in ("run", "state", "step", "loss", "validation", "ETA"):
             table.add_column(name, justify="left" if name in ("run", "state") else "right")
         for cell, seed in self._runs:

@@ -24,6 +24,8 @@ PLAN = flags.DEFINE_string(
 )
 DRAWS = flags.DEFINE_integer("draws", 200, "Bootstrap samples for the intervals.", lower_bound=20)
 OUTPUT = flags.DEFINE_string("output", "", "Folder for scaling.json and scaling.png.")
+SIZES = ("dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim")
+FEW = 10
 
 
 def main() -> int:
@@ -37,6 +39,10 @@ def main() -> int:
         law = scaling.fit(*runs)
         laws = scaling.bootstrap(*runs, law, DRAWS.value)
         print(f"{len(runs[0])} runs")
+        if len(runs[0]) < FEW:
+            print(
+                f"  fewer than {FEW}: five coefficients follow them closely, and the intervals are too narrow"
+            )
     for name, value in law._asdict().items():
         print(f"{name:6}{value:12.4g}{between([getattr(one, name) for one in laws])}")
     if runs is not None:
@@ -57,12 +63,19 @@ def read(pattern: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     found = [json.loads(card.read_text()) for card in cards if card.exists()]
     if not found:
         raise ValueError(f"--runs={pattern!r} matches no folder with a runcard.json")
-    tokenizers = {card["provenance"]["data"] for card in found}
-    if len(tokenizers) > 1:
+    texts = {card["provenance"]["data"] for card in found}
+    if len(texts) > 1:
         raise ValueError(
-            f"--runs={pattern!r}: the runs read different text ({', '.join(sorted(tokenizers))}); their "
+            f"--runs={pattern!r}: the runs read different text ({', '.join(sorted(texts))}); their "
             "losses cannot be compared"
         )
+    kinds = [{**card["config"]["model"], **dict.fromkeys(SIZES)} for card in found]
+    for name, value in kinds[0].items():
+        if other := next((kind[name] for kind in kinds if kind[name] != value), None):
+            raise ValueError(
+                f"--runs={pattern!r}: a law is of one kind of network, and model.{name} is {value!r} in some "
+                f"runs and {other!r} in others"
+            )
     rows = [
         (card["parameters"], card["tokens"], card["results"]["validation_loss"]) for card in found
     ]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from experiments import hosts, provenance
-from llama_jax import config, sharding, tree
+from llama_jax import config, files, sharding, tree
 from llama_jax.analysis import flops, hardware, memory, runcard
 from llama_jax.data import iterator, mixture, prepare
 from llama_jax.train import checkpoint, loop, metrics
@@ -80,7 +80,7 @@ def claim(workdir: Path, run: config.Run) -> None:
         if differing:
             raise another(workdir, "run", differing)
     if hosts.first():
-        write_whole(path, config.to_dict(run))
+        files.write(path, json.dumps(config.to_dict(run), indent=2) + "\n")
 
 
 def another(workdir: Path, what: str, differing: list[str]) -> ValueError:
@@ -89,13 +89,6 @@ def another(workdir: Path, what: str, differing: list[str]) -> ValueError:
         + "\n  ".join(differing)
         + f"\ngive a new --workdir, or the settings of the {what} that is there"
     )
-
-
-def write_whole(path: Path, values: dict[str, Any]) -> None:
-    """As JSON; a reader sees all of it or the file before."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    temporary.replace(path)
 
 
 def check_shared(workdir: Path) -> None:
@@ -186,10 +179,12 @@ def train(
     rows = metrics.read(workdir / "metrics.jsonl") if hosts.first() else []
     if done < run.train.steps:
         return Result(state, rows, {}, recorder.seconds, rates, first, interrupt.signal)
-    interrupt.signal = ""  # whatever cut the last evaluation short, the results are wanted now
     last = rows[-1] if rows else {}
     if hosts.first_says("validation_loss" not in last):
+        # Whatever cut the last evaluation short, the results are wanted now.
+        signal, interrupt.signal = interrupt.signal, ""
         last |= evaluate(state.params)
+        interrupt.signal = interrupt.signal or signal
     results = {name: last[name] for name in RESULTS if name in last}
     return Result(state, rows, results, recorder.seconds, rates, first)
 

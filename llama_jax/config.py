@@ -259,7 +259,9 @@ class Optim:
     schedule: str = "cosine"
     warmup_steps: int = 2000
     final_fraction: float = 0.1  # of the peak learning rate, at the last step
-    decay_fraction: float = 0.1  # of the steps, at the end, in which schedule "wsd" falls
+    decay_fraction: float = (
+        0.1  # of the steps after warm-up, at the end, in which schedule "wsd" falls
+    )
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -390,6 +392,11 @@ class Run:
 
     def __post_init__(self):
         _divides("train.loss_chunks", self.train.loss_chunks, "data.seq_len", self.data.seq_len)
+        if self.model.init == "mup" and self.optim.name in ("adafactor", "muon"):
+            raise ValueError(
+                f"model.init='mup' does not know how optim.name={self.optim.name!r} should slow down as a "
+                "network grows; set optim.name to 'adamw' or 'lion'"
+            )
         if self.model.max_positions and self.model.max_positions < self.data.seq_len:
             raise ValueError(
                 f"model.max_positions={self.model.max_positions} must be at least "

@@ -10,10 +10,10 @@ from llama_jax.study import schema
 
 
 def get_config():
-    others = {name: {"model": {"ffn": name}} for name in ("geglu", "gelu", "relu")}
+    names = ("swiglu", "geglu", "gelu", "relu")
     return schema.edit(
         base.run(),
-        axes={"ffn": {"swiglu": {}, **others}},
+        axes={"ffn": {name: {"model": {"ffn": name}} for name in names}},
         match="parameters",
         rows=base.ROWS,
         quick=base.QUICK,

@@ -11,8 +11,8 @@ def get_config():
     return schema.edit(
         base.run(),
         axes={
-            "norm": {"rms": {}, "layer": {"model": {"norm": "layer"}}},
-            "placement": {"pre": {}, "post": {"model": {"placement": "post"}}},
+            "norm": {name: {"model": {"norm": name}} for name in ("rms", "layer")},
+            "placement": {name: {"model": {"placement": name}} for name in ("pre", "post")},
         },
         grid="full",
         rows=base.ROWS,

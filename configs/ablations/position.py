@@ -12,7 +12,7 @@ def get_config():
         base.run(),
         axes={
             "position": {
-                "rope": {},
+                "rope": {"model": {"position": "rope"}},
                 "alibi": {"model": {"position": "alibi"}},
                 "learned": {"model": {"position": "learned", "max_positions": base.SEQ_LEN}},
                 "none": {"model": {"position": "none"}},

@@ -4,6 +4,7 @@ The form, and how it is fitted, are Hoffmann et al.'s (arXiv:2203.15556 section 
 Huber loss of log L is minimised from a grid of starts. Training takes 6 N D FLOPs.
 """
 
+import contextlib
 import itertools
 import math
 from typing import NamedTuple
@@ -49,7 +50,7 @@ CHINCHILLA_AGAIN = Law(1.8172, 482.01, 2085.43, 0.3478, 0.3658)
 
 
 def fit(N: np.ndarray, D: np.ndarray, losses: np.ndarray) -> Law:
-    """ValueError if there are fewer than five runs, or if they do not spread over N and D."""
+    """ValueError if there are too few runs, or if they do not spread over N and D."""
     check(N, D, losses)
     return _minimum(np.log(N), np.log(D), np.log(losses), _starts())
 
@@ -59,12 +60,14 @@ def bootstrap(
 ) -> list[Law]:
     """Laws of runs drawn with replacement; for the percentiles of whatever follows from a law."""
     random, found = np.random.default_rng(seed), []
-    start = [np.array([math.log(law.E), math.log(law.A), math.log(law.B), law.alpha, law.beta])]
+    own = np.array([*np.log(np.maximum(law[:3], 1e-30)), law.alpha, law.beta])
+    starts = [own, *_starts()[:: len(_starts()) // 4]]  # a few more: else draws stay near the law
     while len(found) < draws:
         drawn = random.integers(0, len(N), len(N))
-        if len(np.unique(N[drawn])) > 1 and len(np.unique(D[drawn])) > 1:
+        with contextlib.suppress(ValueError):
+            check(*(x[drawn] for x in (N, D, losses)))
             logs = (np.log(x[drawn]) for x in (N, D, losses))
-            found.append(_minimum(*logs, start))
+            found.append(_minimum(*logs, starts))
     return found
 
 
@@ -74,11 +77,19 @@ def interval(values) -> tuple[float, float]:
 
 
 def check(N: np.ndarray, D: np.ndarray, losses: np.ndarray) -> None:
-    if len(losses) < 5:
-        raise ValueError(f"{len(losses)} runs are too few for five coefficients; 5 are the fewest")
+    """ValueError unless five coefficients can be told apart: E from A and alpha needs three sizes."""
+    distinct = len(set(zip(N, D, strict=True)))
+    if distinct < 5:
+        raise ValueError(
+            f"{distinct} runs that differ in parameters or tokens are too few for five coefficients; "
+            "5 are the fewest"
+        )
     for name, values in (("parameters", N), ("tokens", D)):
-        if len(np.unique(values)) < 2:
-            raise ValueError(f"all runs have {values[0]:,.0f} {name}: they must differ in them")
+        if len(np.unique(values)) < 3:
+            raise ValueError(
+                f"all runs have {' or '.join(f'{value:,.0f}' for value in np.unique(values))} {name}: it "
+                "takes three different ones"
+            )
     if not np.all(np.isfinite(losses) & (losses > 0)):
         raise ValueError(f"losses must be positive and finite: {losses.tolist()}")
 

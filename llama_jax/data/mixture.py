@@ -87,14 +87,40 @@ def validation_rows(prepared: Prepared, rows: int) -> list[np.ndarray]:
     return _tokens(prepared, "validation", validation_picks(prepared, rows))
 
 
+def spread_rows(prepared: Prepared, rows: int, block: int) -> list[np.ndarray]:
+    """Tokens [T+1] of blocks of rows that lie together, the blocks spread evenly over each source.
+
+    Sources share as in `validation_picks`. ValueError if there are fewer rows.
+    """
+    blocks = [len(corpus.store.validation) // block for corpus in prepared.sources]
+    takes = _shares(blocks, rows // block)
+    if sum(takes) * block < rows:
+        raise ValueError(
+            f"{rows} held-out rows in blocks of {block} are needed, and there are {sum(takes) * block}"
+        )
+    picks = [
+        (source, first * blocks[source] // take * block + i)
+        for source, take in enumerate(takes)
+        for first in range(take)
+        for i in range(block)
+    ]
+    return _tokens(prepared, "validation", picks)
+
+
 def validation_picks(prepared: Prepared, rows: int) -> list[Pick]:
     """The held-out rows: the first of each source, source after source, an equal number of each.
 
     What a short source leaves goes to the others; so many rows in all, or as many as there are.
     """
-    left = [len(corpus.store.validation) for corpus in prepared.sources]
+    takes = _shares([len(corpus.store.validation) for corpus in prepared.sources], rows)
+    return [(source, row) for source, take in enumerate(takes) for row in range(take)]
+
+
+def _shares(left: list[int], wanted: int) -> list[int]:
+    """So many of each source, equal as far as they go."""
+    left = list(left)
     takes = [0] * len(left)
-    wanted = min(rows, sum(left))
+    wanted = min(wanted, sum(left))
     while wanted:
         unread = [source for source, n in enumerate(left) if n]
         share = max(wanted // len(unread), 1)
@@ -103,7 +129,7 @@ def validation_picks(prepared: Prepared, rows: int) -> list[Pick]:
             takes[source] += take
             left[source] -= take
             wanted -= take
-    return [(source, row) for source, take in enumerate(takes) for row in range(take)]
+    return takes
 
 
 def _tokens(prepared: Prepared, split: str, picks: list[Pick]) -> list[np.ndarray]:

@@ -31,7 +31,7 @@ class Attention(nn.Module):
             q_BNTH += param(self, "q_bias", "NH", zeros)[:, None]
             k_BKTH += param(self, "k_bias", "KH", zeros)[:, None]
             v_BKTH += param(self, "v_bias", "KH", zeros)[:, None]
-        if config.qk_norm != "none":  # arXiv:2010.04245, a scale for each entry of a head
+        if config.qk_norm != "none":  # arXiv:2302.05442 section 2, a scale for each entry of a head
             norm = functools.partial(NORMS[config.qk_norm], config, self.layout, "H")
             q_BNTH, k_BKTH = norm(name="q_norm")(q_BNTH), norm(name="k_norm")(k_BKTH)
         q_BNTH = checkpoint_name(rotate(q_BNTH, where.turns), "q")

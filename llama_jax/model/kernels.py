@@ -198,11 +198,7 @@ def splash(q_BNTH, k_BKSH, v_BKSH, segments_BT, layout: Layout, scores: Scores =
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     T = q_BNTH.shape[2]
-    if T % LANES:
-        raise ValueError(
-            f"model.kernel='splash' needs data.seq_len={T} to be a multiple of {LANES}; "
-            f"nearest: {max(round(T / LANES), 1) * LANES}, or set model.kernel to 'blockwise'"
-        )
+    check_length("splash", T)
     block = math.gcd(T, SPLASH_BLOCK)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     sizes = library.BlockSizes(**{f"block_{name}": block for name in names})
@@ -235,6 +231,15 @@ def cudnn(q_BNTH, k_BKSH, v_BKSH, segments_BT, layout: Layout, scores: Scores = 
         return checkpoint_name(jnp.einsum("BTNH->BNTH", out_BTNH), "attended")
 
     return layout.on_own_heads(local, q_BNTH, k_BKSH, v_BKSH, segments_BT)
+
+
+def check_length(kernel: str, length: int) -> None:
+    """ValueError if the kernel cannot take rows of so many positions."""
+    if kernel == "splash" and length % LANES:
+        raise ValueError(
+            f"model.kernel='splash' needs data.seq_len={length} to be a multiple of {LANES}; "
+            f"nearest: {max(round(length / LANES), 1) * LANES}, or set model.kernel to 'blockwise'"
+        )
 
 
 def unable(model: config.Model, kernel: str) -> str:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import itertools
+import math
 from typing import NamedTuple
 
 from llama_jax import config, sharding, tree
 from llama_jax.analysis import flops
-from llama_jax.model import transformer
 from llama_jax.study import schema
 from llama_jax.study.schema import Study
+from llama_jax.train import program
 
 FFN_STEP = 8  # matched widths are multiples of it
 
@@ -25,19 +26,32 @@ class Cell(NamedTuple):
 
 def cells(study: Study) -> list[Cell]:
     """The base's own first. ValueError on choices that change nothing or cannot be built."""
-    combinations = _combinations(study)
-    made = [_cell(study, combination) for combination in combinations]
-    base = made[0]
-    seen = {base.run: base.name}
-    for cell in made[1:]:
-        if not config.diff(base.run, cell.run, essential=True):
-            raise ValueError(
-                f"{cell.name} computes the same as {base.name}: an ablation of nothing"
-            )
-        if cell.run in seen:
-            raise ValueError(f"{cell.name} is the same run as {seen[cell.run]}")
-        seen[cell.run] = cell.name
-    return [matched(study, base, cell) for cell in made]
+    made = [_cell(study, combination) for combination in _combinations(study)]
+    made = [matched(study, made[0], cell) for cell in made]
+    reach = study.base.data.seq_len * max(study.lengths)
+    effective = [_effective(cell.run, reach) for cell in made]
+    for i, cell in enumerate(made):
+        for before, run in zip(made[:i], effective, strict=False):
+            if not config.diff(run, effective[i], essential=True):
+                raise ValueError(
+                    f"{cell.name} computes the same as {before.name}: an ablation of nothing"
+                )
+    return made
+
+
+def _effective(run: config.Run, reach: int) -> config.Run:
+    """The run without settings that change nothing in texts of at most `reach` tokens."""
+    model = run.model
+    idle = {}
+    if model.position != "rope":
+        idle["rope"] = config.Rope()
+    elif model.rope.rotary_dim == model.head_dim:
+        idle["rope"] = dataclasses.replace(model.rope, rotary_dim=0)
+    if model.window >= reach:
+        idle["window"] = 0
+    if model.init == "mup" and model.mup_base_dim == model.dim:
+        idle |= {"init": "normal", "mup_base_dim": 0}
+    return dataclasses.replace(run, model=dataclasses.replace(model, **idle))
 
 
 def runs(study: Study, found: list[Cell]) -> list[tuple[Cell, int]]:
@@ -91,7 +105,8 @@ def _combinations(study: Study) -> list[tuple[schema.Choice, ...]]:
     if study.grid == "full":
         return full
     if study.grid == "one_at_a_time":
-        return [one for one in full if sum(bool(choice.changes) for choice in one) <= 1]
+        own = full[0]
+        return [one for one in full if sum(a != b for a, b in zip(one, own, strict=True)) <= 1]
     by_name = {_name(one): one for one in full}
     listed = [config.choose(by_name, name, "cells") for name in study.cells]
     own = full[0]
@@ -109,24 +124,38 @@ def _cell(study: Study, combination: tuple[schema.Choice, ...]) -> Cell:
     places = [place for place, _ in changes]
     if twice := next((place for place in places if places.count(place) > 1), ""):
         raise ValueError(f"{name}: two of its choices set {twice}")
-    for seed in ("train.seed", "data.seed"):
-        if seed in places:
-            raise ValueError(f"{name}: {seed} belongs to the study's seeds, not to a choice")
+    for place in places:
+        if place in ("train.seed", "data.seed"):
+            raise ValueError(f"{name}: {place} belongs to the study's seeds, not to a choice")
+        if place.startswith("data.") or place == "model.vocab_size":
+            raise ValueError(
+                f"{name}: {place} cannot be a choice: all cells are scored on the same tokens"
+            )
     try:
         run = schema.changed(run, changes, f"axes, {name}")
+        if "train.steps" not in places:
+            run = _as_many_tokens(run, study.base)
         return _described(Cell(name, choices, run, 0, 0), run)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
+def _as_many_tokens(run: config.Run, base: config.Run) -> config.Run:
+    """As many steps as read the base's tokens."""
+    tokens = base.train.steps * base.tokens_per_step
+    steps = max(round(tokens / run.tokens_per_step), 1)
+    return dataclasses.replace(run, train=dataclasses.replace(run.train, steps=steps))
+
+
 def _described(cell: Cell, run: config.Run) -> Cell:
-    mesh = run.mesh
-    fixed = mesh.slices * mesh.data * mesh.context * mesh.tensor * max(mesh.fsdp, 1)
-    module = transformer.build(run.model, sharding.abstract(mesh, max(fixed, 1)))
+    """ValueError if there is no such network, optimiser or batch on the fewest devices of the mesh."""
+    sizes = [getattr(run.mesh, axis) for axis in sharding.AXES]
+    layout = sharding.abstract(run.mesh, math.prod(max(size, 1) for size in sizes))
+    made = program.build(run, layout)
     return cell._replace(
         run=run,
-        parameters=tree.count(transformer.abstract(module)),
-        flops_per_token=flops.per_token(module, run.data.seq_len),
+        parameters=tree.count(made.state.params),
+        flops_per_token=flops.per_token(made.module, run.data.seq_len),
     )
 
 

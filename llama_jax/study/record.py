@@ -1,5 +1,6 @@
 """What the folders of a study's runs hold, read back: states, curves, scores."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -7,8 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llama_jax import config, files
 from llama_jax.eval.score import Scores
-from llama_jax.study.grid import Cell, name_of
+from llama_jax.study.grid import Cell, name_of, seeded
 from llama_jax.train import metrics
 
 SCORES, FAILED, CARD = "scores.npz", "failed.txt", "runcard.json"
@@ -56,13 +58,18 @@ class Results(NamedTuple):
             "seconds": lambda row: row["seconds"],
         }[x]
         held_out = [
-            [row for row in run.rows if math.isfinite(row.get("validation_loss") or math.nan)]
+            {
+                row["tokens"]: row
+                for row in run.rows
+                if math.isfinite(row.get("validation_loss") or math.nan)
+            }
             for run in self.runs
         ]
-        points = min((len(rows) for rows in held_out), default=0)
-        places = np.array([[of(row) for row in rows[:points]] for rows in held_out])
-        losses = np.array([[row["validation_loss"] for row in rows[:points]] for rows in held_out])
-        return places.mean(0) if points else places, losses
+        every = [set(rows) for rows in held_out]
+        common = sorted(set.intersection(*every)) if every else []  # an evaluation may be missing
+        places = np.array([[of(rows[n]) for n in common] for rows in held_out])
+        losses = np.array([[rows[n]["validation_loss"] for n in common] for rows in held_out])
+        return places.mean(0) if common else places, losses
 
 
 def at(results: Results, x: str, budget: float) -> float:
@@ -79,10 +86,9 @@ def write_scores(path: Path, scores: dict[int, Scores]) -> None:
         for times, score in scores.items()
         for name, value in score._asdict().items()
     }
-    temporary = path / f"{SCORES}.tmp"
-    with temporary.open("wb") as file:
-        np.savez(file, **arrays)
-    temporary.replace(path / SCORES)
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    files.write(path / SCORES, content.getvalue())
 
 
 def read_scores(path: Path) -> dict[int, Scores]:
@@ -94,7 +100,8 @@ def read_scores(path: Path) -> dict[int, Scores]:
 
 
 def collect(workdir: Path, cells: list[Cell], seeds: int) -> list[Results]:
-    """Every cell with those of its runs that are done."""
+    """Every cell with those of its runs that are done. ValueError if they are runs of something else."""
+    check(workdir, cells, seeds)
     found = []
     for cell in cells:
         places = {seed: folder(workdir, cell, seed) for seed in range(seeds)}
@@ -109,9 +116,34 @@ def collect(workdir: Path, cells: list[Cell], seeds: int) -> list[Results]:
             if state(path) == "done"
         ]
         failures = {
-            seed: (path / FAILED).read_text().strip()
+            seed: (path / FAILED).read_text().strip() or "no reason was kept"
             for seed, path in places.items()
             if state(path) == "failed"
         }
         found.append(Results(cell, runs, failures))
     return found
+
+
+def check(workdir: Path, cells: list[Cell], seeds: int) -> None:
+    """ValueError unless what is there was trained as the cells say, and all of it on the same text."""
+    texts = {}
+    for cell in cells:
+        for seed in range(seeds):
+            path = folder(workdir, cell, seed)
+            if state(path) == "waiting" or not (path / "run.json").exists():
+                continue
+            theirs = config.from_dict(json.loads((path / "run.json").read_text()))
+            if differing := config.diff(theirs, seeded(cell.run, seed), essential=True):
+                raise ValueError(
+                    f"{path} holds another run than {cell.name} is now; it differs in\n  "
+                    + "\n  ".join(differing)
+                    + "\ngive a new --workdir, or the settings of the run that is there"
+                )
+            if (path / CARD).exists():
+                card = json.loads((path / CARD).read_text())
+                texts.setdefault(card["provenance"]["data"], path)
+    if len(texts) > 1:
+        places = ", ".join(f"{path.name} on {text}" for text, path in texts.items())
+        raise ValueError(
+            f"{workdir}: runs read different text ({places}); losses cannot be compared: give a new --workdir"
+        )

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+from llama_jax import files
 from llama_jax.study import plots, table
 from llama_jax.study.record import Results
 from llama_jax.study.schema import Study
@@ -19,7 +20,7 @@ class Report(NamedTuple):
     study: Study
     results: list[Results]
     rows: list[Row]
-    commands: dict[str, str]  # the whole study, then each run
+    commands: list[str]  # of the whole study, then of each run
 
     @property
     def is_complete(self) -> bool:
@@ -27,9 +28,9 @@ class Report(NamedTuple):
 
 
 def write(
-    title: str, study: Study, results: list[Results], commands: dict[str, str], folder: Path
+    title: str, study: Study, results: list[Results], commands: list[str], folder: Path
 ) -> Report:
-    rows = table.rows(results, study.lengths)
+    rows = table.rows(results, study.lengths, study.block)
     report = Report(title, study, results, rows, commands)
     pictures = plots.all_of(results, rows, study.base.data.seq_len)
     for name, text in {
@@ -38,50 +39,60 @@ def write(
         "report.csv": comma_separated(report),
         "report.html": page(report, pictures),
     }.items():
-        temporary = folder / f"{name}.tmp"
-        temporary.write_text(text)
-        temporary.replace(folder / name)
+        files.write(folder / name, text)
     return report
 
 
 def sentences(report: Report) -> list[str]:
     """What was held fixed, what was matched, how the numbers were made."""
     study, run = report.study, report.study.base
-    tokens = run.train.steps * run.tokens_per_step
-    held = {
-        "nothing": "Widths are the choices' own.",
-        "parameters": "model.ffn_dim was set so that every cell has the base's number of parameters.",
-        "flops": "model.ffn_dim was set so that every cell needs the base's FLOPs a token.",
-    }[study.match]
+    cells = [one.cell for one in report.results]
+    tokens = sorted({cell.run.train.steps * cell.run.tokens_per_step for cell in cells})
+    steps = sorted({cell.run.train.steps for cell in cells})
+    held = "Widths are the choices' own."
+    if study.match != "nothing":
+        what = {"parameters": "parameters", "flops": "flops_per_token"}[study.match]
+        sizes = [getattr(cell, what) for cell in cells]
+        off = max(abs(size / sizes[0] - 1) for size in sizes)
+        held = (
+            f"model.ffn_dim was set so that every cell has the base's {what.replace('_', ' ')}, "
+            f"to within {off:.2%}."
+        )
     rows = max((one.losses().shape[1] for one in report.results if one.runs), default=0)
     said = [
-        f"Every run trains on {tokens:,} tokens in {run.train.steps:,} steps, rows of {run.data.seq_len}. "
+        f"Every run trains on {_range(tokens)} tokens in {_range(steps)} steps, rows of "
+        f"{run.data.seq_len}. "
         f"Of a seed all cells see the same text in the same order and begin with the same numbers "
         f"wherever shapes agree. {held}",
-        f"Losses are means over {study.seeds} seed{'s' * (study.seeds > 1)} and {rows:,} held-out rows, "
-        f"nats a token. Intervals are 95%, by drawing seeds and rows anew, with Student's t for "
-        f"so few seeds; p values of the differences are Holm's, over {len(report.rows) - 1} comparisons "
-        f"with {report.rows[0].name}; significant: below {table.ALPHA}.",
-        f"Curves are of at most {run.eval.rows:,} held-out rows. Losses at equal FLOPs and equal time are "
+        f"Losses are means over {study.seeds} seed{'s' * (study.seeds > 1)} and {rows:,} held-out rows in "
+        f"blocks of {study.block} that lie together, nats a token. Intervals are 95%, each by itself, by "
+        f"drawing seeds and blocks anew, with Student's t for so few seeds; p values of the paired "
+        f"differences are Holm's, over {len(report.rows) - 1} comparisons with {report.rows[0].name}; "
+        f"significant: below {table.ALPHA}. What other text, other sizes or longer training would show, "
+        "they do not say.",
+        f"Curves are of at most {run.eval.rows:,} held-out rows. Losses at equal tokens, FLOPs and time are "
         "read off them where the cell that needs least had finished; the learning rate of the others had not "
-        "yet fallen as far, which this does not make up for.",
+        "yet fallen as far, which this does not make up for. GiB is what the formula counts of one device's "
+        "memory, on a CPU at least. Time depends on the machine.",
     ]
     if not report.is_complete:
         missing = sum(study.seeds - row.seeds for row in report.rows)
-        failed = sum(row.failed for row in report.rows)
+        failed = sum(len(one.failures) for one in report.results)
         said.append(f"Incomplete: {missing} runs are not done, {failed} of them failed.")
     return said
 
 
 def results(report: Report) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the main table."""
-    header = ["cell", "loss", "less the base", "p", "verdict"]
+    header = ["cell", "seeds", "loss", "less the base", "p", "verdict"]
     base, *others = report.rows
+    seeds = lambda row: f"{row.seeds} of {report.study.seeds}"  # noqa: E731
     return header, [
-        [base.name, _interval(base.loss), "the base", "", ""],
+        [base.name, seeds(base), _interval(base.loss), "the base", "", ""],
         *(
             [
                 row.name,
+                seeds(row),
                 _interval(row.loss),
                 _interval(row.difference, sign=True),
                 _number(row.p, ".3g"),
@@ -94,7 +105,7 @@ def results(report: Report) -> tuple[list[str], list[list[str]]]:
 
 def costs(report: Report) -> tuple[list[str], list[list[str]]]:
     header = ["cell", "parameters", "FLOPs a token", "tokens/s", "GiB"]
-    header += ["loss at equal FLOPs", "at equal time"]
+    header += ["loss at equal tokens", "at equal FLOPs", "at equal time"]
     return header, [
         [
             row.name,
@@ -102,6 +113,7 @@ def costs(report: Report) -> tuple[list[str], list[list[str]]]:
             f"{row.flops_per_token:,}",
             _number(row.tokens_per_second, ",.0f"),
             _number(row.memory_gib, ".3g"),
+            _number(row.at_tokens, ".4f"),
             _number(row.at_flops, ".4f"),
             _number(row.at_seconds, ".4f"),
         ]
@@ -115,10 +127,8 @@ def lengths(report: Report) -> tuple[list[str], list[list[str]]]:
     header = ["cell", *(f"{n * report.study.base.data.seq_len:,}" for n in times)]
     if len(times) == 1:
         return header, []
-    undefined = lambda of: _interval(of) or "undefined"  # noqa: E731
-    return header, [
-        [row.name, *(undefined(row.by_length[n]) for n in times)] for row in report.rows
-    ]
+    text = lambda row, n: _interval(row.by_length[n]) or ("undefined" if row.seeds else "")  # noqa: E731
+    return header, [[row.name, *(text(row, n) for n in times)] for row in report.rows]
 
 
 def failures(report: Report) -> list[str]:
@@ -126,6 +136,26 @@ def failures(report: Report) -> list[str]:
         f"{one.cell.name}, seed {seed}: {why.splitlines()[0]}"
         for one in report.results
         for seed, why in one.failures.items()
+    ]
+
+
+def provenance(report: Report) -> list[str]:
+    """What the run cards say of code, packages, machine and text; several where runs differ."""
+    cards = [run.card for one in report.results for run in one.runs]
+    if not cards:
+        return []
+    kept = {}
+    for card in cards:
+        hardware = card["hardware"]
+        facts = {**card["provenance"], "hardware": f"{hardware['devices']} x {hardware['device']}"}
+        for name, value in facts.items():
+            kept.setdefault(name, dict.fromkeys(())).setdefault(value)
+    hours = sum(card["device_hours"] for card in cards)
+    lines = [f"{name}: {'; '.join(map(str, values))}" for name, values in kept.items()]
+    return [
+        *lines,
+        f"{hours:.2f} device-hours in training steps",
+        "each run's card and curve: runs/NAME/runcard.json, runs/NAME/metrics.jsonl in the workdir",
     ]
 
 
@@ -137,7 +167,9 @@ def markdown(report: Report) -> str:
         parts += ["## Windows longer than the trained one", _pipes(header, by_length)]
     if failed := failures(report):
         parts += ["## Failed", "\n".join(f"- {line}" for line in failed)]
-    commands = "\n".join(report.commands.values())
+    if facts := provenance(report):
+        parts += ["## Runs", "\n".join(f"- {line}" for line in facts)]
+    commands = "\n".join(report.commands)
     parts += ["## Commands", "The study, then each run by itself.", f"```sh\n{commands}\n```"]
     return "\n\n".join(parts) + "\n"
 
@@ -148,7 +180,7 @@ def latex(report: Report) -> str:
     lines = [" & ".join(map(_tex, row)) + r" \\" for row in (header, *rows)]
     body = "\n".join([lines[0], r"\midrule", *lines[1:]])
     return (
-        "\\begin{tabular}{lllll}\n\\toprule\n" + body + "\n\\bottomrule\n\\end{tabular}\n"
+        "\\begin{tabular}{llllll}\n\\toprule\n" + body + "\n\\bottomrule\n\\end{tabular}\n"
         "% " + "\n% ".join(sentences(report)) + "\n"
     )
 
@@ -208,7 +240,10 @@ def page(report: Report, pictures: dict[str, str]) -> str:
     if failed := failures(report):
         items = "".join(f"<li>{html.escape(line)}</li>" for line in failed)
         parts.append(f"<h2>Failed</h2><ul>{items}</ul>")
-    commands = html.escape("\n".join(report.commands.values()))
+    if facts := provenance(report):
+        items = "".join(f"<li>{html.escape(line)}</li>" for line in facts)
+        parts.append(f"<h2>Runs</h2><ul>{items}</ul>")
+    commands = html.escape("\n".join(report.commands))
     parts.append(
         f"<h2>Commands</h2><p>The study, then each run by itself.</p><pre>{commands}</pre>"
     )
@@ -243,6 +278,10 @@ def _interval(of: Estimate, sign: bool = False) -> str:
     if math.isnan(of.low):
         return f"{of.mean:{form}}"
     return f"{of.mean:{form}} [{of.low:{form}}, {of.high:{form}}]"
+
+
+def _range(values: list[int]) -> str:
+    return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,} to {values[-1]:,}"
 
 
 def _number(value: float, form: str) -> str:

@@ -1,12 +1,13 @@
 """What a study is: a base run, axes of choices, seeds. Its editing form is a ConfigDict, as a run's.
 
 base   a run, as its page makes it
-axes   {"position": {"rope": {}, "alibi": {"model": {"position": "alibi"}}}}: for each choice of an
-       axis the settings it changes; of every axis exactly one changes nothing, the base's own
+axes   {"position": {"rope": {"model": {"position": "rope"}}, "alibi": {"model": {"position": "alibi"}}}}:
+       for each choice of an axis its settings; of every axis one choice, the base's own, is as the base is
 quick  what `preset` "quick" changes in all this, for a first look
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -16,12 +17,13 @@ import ml_collections
 from llama_jax import config
 
 GRIDS = ("one_at_a_time", "full", "listed")
+BLOCK = 8  # rows, at least
 MATCHES = ("nothing", "parameters", "flops")
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """changes: (place, value), such as ("model.position", "alibi")."""
+    """changes: (place, value), such as ("model.position", "alibi"); none of the base's own."""
 
     name: str
     changes: tuple[tuple[str, Any], ...]
@@ -51,10 +53,6 @@ class Study:
         config.choose(MATCHES, self.match, "match")
         if self.seeds < 1:
             raise ValueError(f"seeds={self.seeds} must be positive; 3 are the fewest that say much")
-        if self.rows < max(self.lengths, default=1):
-            raise ValueError(
-                f"rows={self.rows} must be at least {max(self.lengths)}, the longest of lengths"
-            )
         if not self.axes:
             raise ValueError("axes is empty; give at least one axis of choices")
         if bool(self.cells) != (self.grid == "listed"):
@@ -65,12 +63,24 @@ class Study:
             or sorted(set(self.lengths)) != [*self.lengths]
         ):
             raise ValueError(f"lengths={self.lengths} must rise from 1, as (1, 2, 4, 8)")
-        joined = (self.base.data.packing, self.base.data.segments) == ("concat", "none")
-        if max(self.lengths) > 1 and not joined:
+        if self.rows < 2 * self.block or self.rows % self.block:
+            near = max(round(self.rows / self.block), 2) * self.block
             raise ValueError(
-                f"lengths={self.lengths} joins rows: it needs data.packing 'concat' and data.segments "
-                "'none'; or set lengths to (1,)"
+                f"rows={self.rows} must be a multiple of {self.block}, two of them at least: rows come in "
+                f"blocks that lie together in the text; nearest: {near}"
             )
+        packed = (self.base.data.packing, self.base.data.segments)
+        if packed != ("concat", "none"):
+            raise ValueError(
+                f"base.data.packing={packed[0]!r} and base.data.segments={packed[1]!r}: a study scores whole "
+                "rows of running text; it needs 'concat' and 'none'"
+            )
+
+    @property
+    def block(self) -> int:
+        """Rows of running text that are scored together, and drawn together: neighbours are alike."""
+        together = math.lcm(*self.lengths)
+        return -(-BLOCK // together) * together
 
 
 def edit(
@@ -98,8 +108,8 @@ def freeze(edited: ml_collections.ConfigDict, overridden: Collection[str] = ()) 
         for place, value in _flat(quick):
             if place not in overridden:
                 _set(values, place, value, "quick")
-    axes = tuple(_axis(name, choices) for name, choices in values.pop("axes").items())
     base = config.from_dict(values.pop("base"))
+    axes = tuple(_axis(name, choices, base) for name, choices in values.pop("axes").items())
     lists = {name: tuple(values.pop(name)) for name in ("cells", "lengths")}
     return Study(base=base, axes=axes, **lists, **values)
 
@@ -129,8 +139,13 @@ def changed(run: config.Run, changes: tuple[tuple[str, Any], ...], place: str) -
     return config.from_dict(values)
 
 
-def _axis(name: str, choices: Mapping[str, Any]) -> Axis:
-    made = [Choice(choice, tuple(_flat(changes))) for choice, changes in choices.items()]
+def _axis(name: str, choices: Mapping[str, Any], base: config.Run) -> Axis:
+    of_base = dict(_flat(config.to_dict(base)))
+    made = []
+    for choice, settings in choices.items():
+        changes = tuple(_flat(settings))
+        is_own = all(place in of_base and of_base[place] == value for place, value in changes)
+        made.append(Choice(choice, () if is_own else changes))
     for choice in made:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", choice.name):
             raise ValueError(
@@ -139,8 +154,8 @@ def _axis(name: str, choices: Mapping[str, Any]) -> Axis:
     own = [choice.name for choice in made if not choice.changes]
     if len(own) != 1:
         raise ValueError(
-            f"axes.{name} must have exactly one choice that changes nothing, the base's own; "
-            f"it has {', '.join(own) or 'none'}"
+            f"axes.{name} must have exactly one choice that is as the base is; it has "
+            f"{', '.join(own) or 'none'}"
         )
     return Axis(name, tuple(sorted(made, key=lambda choice: bool(choice.changes))))
 

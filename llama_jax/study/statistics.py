@@ -1,6 +1,7 @@
 """What a difference between two cells is worth, from a few seeds and many rows of evaluation.
 
-Losses come as [seeds, rows]. Of two cells, run with the same seeds and scored on the same rows, the
+Losses come as [seeds, rows], a row here being a block of text: blocks must be independent, which neighbouring
+lines of one file are not. Of two cells, run with the same seeds and scored on the same rows, the
 differences of each (seed, row) are paired. Seeds and rows are drawn anew, each by itself (a crossed
 bootstrap, Owen 2007, arXiv:0708.1070), and the interval uses Student's t: three seeds say little about how
 seeds vary. Its degrees of freedom are Satterthwaite's (1946, doi:10.2307/3002019): seeds - 1 where seeds make
@@ -65,10 +66,13 @@ def standard_error(values_SR: np.ndarray) -> float:
 
 
 def holm(p: list[float]) -> list[float]:
-    """p values adjusted so that among all of them one false alarm is as rare as p says (Holm 1979)."""
+    """p values adjusted so that among all of them one false alarm is as rare as p says (Holm 1979).
+
+    NaN is a comparison that is yet to come: it counts.
+    """
     known = sorted((value, i) for i, value in enumerate(p) if not math.isnan(value))
     adjusted, highest = [math.nan] * len(p), 0.0
     for rank, (value, i) in enumerate(known):
-        highest = max(highest, min(1.0, value * (len(known) - rank)))
+        highest = max(highest, min(1.0, value * (len(p) - rank)))
         adjusted[i] = highest
     return adjusted

@@ -13,7 +13,8 @@ def build(
 ) -> optax.GradientTransformation:
     """Clip by global norm, then the optimiser; weight decay on matrices only, chosen by letters.
 
-    mup_ratio divides the learning rate of inner matrices (muP, arXiv:2203.03466 table 8, Adam).
+    mup_ratio divides the learning rate of inner matrices, and so their decay (muP, arXiv:2203.03466 table 8,
+    Adam).
     """
     optimiser = config.choose(OPTIMISERS, optim.name, "optim.name")
     parts = [

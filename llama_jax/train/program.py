@@ -9,7 +9,7 @@ import optax
 from llama_jax import config
 from llama_jax.data import iterator
 from llama_jax.data.batch import Batch
-from llama_jax.model import init, transformer
+from llama_jax.model import init, kernels, transformer
 from llama_jax.model.transformer import Transformer
 from llama_jax.sharding import Layout
 from llama_jax.train import loss, optim, step
@@ -27,7 +27,8 @@ class Program(NamedTuple):
 
 
 def build(run: config.Run, layout: Layout) -> Program:
-    """ValueError if the model or the batch does not divide by the layout."""
+    """ValueError if the model or the batch does not divide by the layout, or a named choice is none."""
+    kernels.check_length(run.model.kernel, run.data.seq_len)
     layout.check_rows(run.train.batch_size // run.train.microbatches)
     module = transformer.build(run.model, layout)
     letters, ratio = transformer.letters(module), init.mup_ratio(run.model)

@@ -56,9 +56,10 @@ def test_the_best_split_is_the_lowest_of_an_iso_flop_curve():
 @pytest.mark.parametrize(
     ("N", "D", "losses", "message"),
     [
-        ([1e6] * 4, [1e8] * 4, [3.0] * 4, "4 runs are too few"),
+        ([1e6] * 4, [1e8] * 4, [3.0] * 4, "1 runs that differ .* are too few"),
         ([1e6] * 5, [1e8, 2e8, 3e8, 4e8, 5e8], [3.0] * 5, "all runs have 1,000,000 parameters"),
         ([1e6, 2e6, 3e6, 4e6, 5e6], [1e8] * 5, [3.0] * 5, "all runs have 100,000,000 tokens"),
+        ([1e6, 2e6, 3e6, 4e6, 5e6], [1e8, 2e8] * 2 + [1e8], [3.0] * 5, "100,000,000 or 200,000,000 tokens: it takes three"),
         ([1e6, 2e6, 3e6, 4e6, 5e6], [1e8, 2e8] * 2 + [3e8], [3.0] * 4 + [np.nan], "must be positive"),
     ],
 )  # fmt: skip

@@ -65,8 +65,8 @@ def test_the_report_says_what_the_files_say(study):
         scores = record.read_scores(folder)
         assert float(row["loss_at_1x"]) == pytest.approx(scores[1].row_R.mean(), rel=1e-6)
         card = json.loads((folder / "runcard.json").read_text())
-        # Rows have the same number of targets: their mean is the validation loss of the run itself.
-        assert scores[1].row_R.mean() == pytest.approx(card["results"]["validation_loss"], rel=1e-4)
+        # Of blocks over the whole split, and of its first rows: near each other, the text is alike.
+        assert scores[1].row_R.mean() == pytest.approx(card["results"]["validation_loss"], rel=0.02)
         assert card["command"].endswith(f"--only={folder.name}")
     learned = next(row for row in rows if row["cell"] == "learned")
     assert learned["loss_at_8x"] == "nan", "its table ends with the trained length"
@@ -156,7 +156,8 @@ def test_a_failed_run_is_marked_and_the_rest_go_on(corpus, tmp_path):
     page.write_text(
         "from configs.ablations import base\nfrom llama_jax.study import schema\n"
         "def get_config():\n"
-        "    rates = {'usual': {}, 'huge': {'optim': {'learning_rate': 1e30}}}\n"
+        "    rates = {'usual': {}, 'huge': {'optim': {'learning_rate': 1e30}},\n"
+        "             'low': {'optim': {'learning_rate': 1e-4}}}\n"
         "    return schema.edit(base.run(), {'rate': rates}, base.QUICK)\n"
     )
     workdir = tmp_path / "rates"
@@ -164,9 +165,46 @@ def test_a_failed_run_is_marked_and_the_rest_go_on(corpus, tmp_path):
     assert done.returncode == 1
     assert "FAILED huge, seed 0: step" in done.stdout
     assert "not finite" in (workdir / "runs/huge-seed0/failed.txt").read_text()
+    assert (workdir / "runs/low-seed0/scores.npz").exists(), "it comes after the failed one"
     report = (workdir / "report.md").read_text()
     assert "huge, seed 0: step" in report
-    assert "| usual |" in report
+    assert "| huge | 0 of 1 |" in report
+    assert "not known: 1 failed" in report
+    text = page.read_text().replace("1e-4", "2e-4")
+    page.write_text(text)
+    other = ablate(*corpus, f"--workdir={workdir}", "--config.seeds=1", page=page)
+    assert other.returncode == 1
+    assert "low-seed0 holds another run than low is now" in other.stderr
+    assert "optim.learning_rate: 0.0001 -> 0.0002" in other.stderr
+
+
+def test_tasks_of_an_array_start_together(corpus, tmp_path):
+    """All make the same study of an empty folder; none dies of it, and the report has what both did."""
+    workdir = tmp_path / "array"
+    flags = [*corpus, f"--workdir={workdir}", "--config.seeds=1"]
+    tasks = [helpers.start("ablate", *arguments(*flags, f"--only={k}/4")) for k in (1, 2, 3)]
+    for task in tasks:
+        said, _ = task.communicate(timeout=300)
+        assert task.returncode == 0, said
+    assert len(list((workdir / "runs").glob("*/scores.npz"))) == 3
+    drawn = ablate(*flags, "--report-only")
+    assert "Incomplete: 1 runs are not done" in (workdir / "report.md").read_text(), drawn.stdout
+    assert not list(workdir.glob(".*")), "nothing half-written stays"
+
+
+def test_a_signal_in_the_last_moments_of_a_run_ends_the_study_after_it(corpus, tmp_path):
+    """The run is scored; the next one does not begin."""
+    workdir = tmp_path / "late"
+    process = helpers.start(
+        "ablate", *arguments(*corpus, f"--workdir={workdir}", "--config.base.eval.rows=4000")
+    )
+    metrics, deadline = workdir / "runs/rope-seed0/metrics.jsonl", time.time() + 200
+    while time.time() < deadline and not (metrics.exists() and '"step": 5' in metrics.read_text()):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert [path.name for path in (workdir / "runs").iterdir()] == ["rope-seed0"]
 
 
 def test_interrupted_it_goes_on(study, corpus, tmp_path):
@@ -203,6 +241,8 @@ def test_interrupted_it_goes_on(study, corpus, tmp_path):
         (["--config.grid=al"], "grid='al' is not one of one_at_a_time, full, listed"),
         (["--config.axes.position.alibi.model.position=alibo"], "'alibo' is not one of .*nearest: 'alibi'"),
         (["--config.base.model.positon=none"], "unknown setting --config.base.model.positon; nearest: --config.base.model.position"),
+        (["--config.rows=100"], "rows=100 must be a multiple of 8"),
+        (["--config.base.data.packing=best_fit"], "a study scores whole rows of running text"),
         (["--config.preset=quik"], "preset='quik' is not one of full, quick"),
     ],
 )  # fmt: skip

@@ -73,18 +73,19 @@ def of(module: str, text: str = PLANS) -> list[tuple[str, ...]]:
 @pytest.mark.parametrize("words", of("ablate", STUDIES), ids=" ".join)
 def test_a_study_of_the_readme_can_start(words):
     """Every run planned and checked; tests/experiments/test_ablate.py runs them, smaller."""
-    done = helpers.run("ablate", *{*words[2:], "--list"})
+    done = helpers.run("ablate", *dict.fromkeys([*words[2:], "--list"]))
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) in (8, 12)
 
 
 @pytest.mark.parametrize("words", of("scaling", STUDIES), ids=" ".join)
 def test_a_law_of_the_readme_is_fitted(words, tmp_path):
-    """Where it names runs: cards of eight, of four sizes and two lengths."""
-    for i, (n, d) in enumerate((n, d) for n in (1e6, 2e6, 4e6, 8e6) for d in (1e8, 4e8)):
+    """Where it names runs: cards of twelve, of four sizes and three lengths."""
+    for i, (n, d) in enumerate((n, d) for n in (1e6, 2e6, 4e6, 8e6) for d in (1e8, 4e8, 16e8)):
         (tmp_path / f"runs/{i}").mkdir(parents=True)
         results = {"validation_loss": 1.7 + 400 / n**0.34 + 410 / d**0.28}
         card = {"parameters": n, "tokens": d, "results": results, "provenance": {"data": "a"}}
+        card["config"] = {"model": {"position": "rope", "dim": n}}
         (tmp_path / f"runs/{i}/runcard.json").write_text(json.dumps(card))
     places = {"=runs/": f"={tmp_path}/runs/", "=/tmp/": f"={tmp_path}/"}
     flags = [re.sub("=runs/|=/tmp/", lambda found: places[found[0]], flag) for flag in words[2:]]

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = [
-    {"config", "dims", "tree"},
+    {"config", "dims", "files", "tree"},
     {"sharding", "tokenizer"},
     {"model", "data"},
     {"train", "decode", "convert"},

@@ -68,7 +68,7 @@ def test_its_study_reports(copy, tmp_path):
     short |= {"data.cache": tmp_path / "cache", "data.sources.corpus.kind": "files"}
     short["data.sources.corpus.path"] = helpers.text(tmp_path / "corpus.txt")
     flags = [f"--config.base.{name}={value}" for name, value in short.items()]
-    done = run(copy, *words, *flags, "--config.rows=8", "--config.seeds=1")
+    done = run(copy, *words, *flags, "--config.rows=16", "--config.seeds=1")
     assert done.returncode == 0, done.stderr + done.stdout
     report = (tmp_path / "kerple/report.md").read_text()
     assert all(f"| {cell} |" in report for cell in ("rope", "alibi", "kerple"))

@@ -75,14 +75,24 @@ def test_matched_flops():
     [
         ({"position": {"rope": {}, "x": {"model": {"position": "rop"}}}}, {}, "model.position='rop' is not one of rope,.*nearest: 'rope'"),
         ({"position": {"rope": {}, "x": {"model": {"positon": "none"}}}}, {}, "model.positon is not a setting; nearest: model.position"),
-        ({"position": {"rope": {}, "x": {"model": {"position": "rope"}}}}, {}, "x computes the same as rope"),
+        ({"position": {"rope": {}, "x": {"model": {"position": "rope"}}}}, {}, "exactly one choice that is as the base is; it has rope, x"),
         ({"kernel": {"own": {}, "x": {"model": {"kernel": "reference"}}}}, {}, "x computes the same as own"),
-        ({"position": {**POSITION, "x": {"model": {"position": "none"}}}}, {}, "x is the same run as none"),
+        ({"position": {**POSITION, "x": {"model": {"position": "none"}}}}, {}, "x computes the same as none"),
         ({"heads": {"own": {}, "x": {"model": {"kv_heads": 3}}}}, {}, "x: model.kv_heads=3 must divide model.heads=4"),
         ({"cap": {"own": {}, "x": {"model": {"kernel": "cudnn", "softcap": 30.0}}}}, {}, "x: model.kernel='cudnn' cannot do model.softcap=30.0"),
         ({"a": FFN, "b": {"own": {}, "relu": {"model": {"ffn": "relu"}}}}, {"grid": "full"}, r"gelu\+relu: two of its choices set model.ffn"),
         ({"seed": {"own": {}, "x": {"train": {"seed": 3}}}}, {}, "train.seed belongs to the study's seeds"),
-        ({"position": {"alibi": {"model": {"position": "alibi"}}}}, {}, "exactly one choice that changes nothing"),
+        ({"position": {"alibi": {"model": {"position": "alibi"}}}}, {}, "exactly one choice that is as the base is; it has none"),
+        ({"optimiser": {"own": {}, "x": {"optim": {"name": "adamx"}}}}, {}, "x: optim.name='adamx' is not one of adamw.*nearest: 'adamw'"),
+        ({"schedule": {"own": {}, "x": {"optim": {"schedule": "cosin"}}}}, {}, "x: optim.schedule='cosin' is not one of"),
+        ({"kernel": {"own": {}, "x": {"model": {"kernel": "splash"}}}}, {"rows": 64}, "x computes the same as own"),
+        ({"text": {"own": {}, "x": {"data": {"seq_len": 512}}}}, {}, "data.seq_len cannot be a choice"),
+        ({"turns": {"own": {}, "x": {"model": {"rope": {"rotary_dim": 16}}}}}, {}, "x computes the same as own"),
+        ({"window": {"own": {}, "x": {"model": {"window": 256}}}}, {}, "x computes the same as own"),
+        ({"position": POSITION, "theta": {"own": {}, "high": {"model": {"rope": {"theta": 1e6}}}}}, {"grid": "full"}, r"alibi\+high computes the same as alibi\+own"),
+        ({"width": {"own": {}, "x": {"model": {"ffn_dim": 320}}}}, {"match": "parameters"}, "x computes the same as own"),
+        ({"ffn": FFN}, {"rows": 100}, "rows=100 must be a multiple of 8.*nearest: 96"),
+        ({"ffn": FFN}, {"rows": 8}, "rows=8 must be .*two of them at least.*nearest: 16"),
         ({"position": {"rope": {}, "a b": {"model": {"position": "none"}}}}, {}, "'a b' must be letters"),
         ({"ffn": FFN}, {"grid": "all"}, "grid='all' is not one of one_at_a_time, full, listed"),
         ({"ffn": FFN}, {"cells": ("gelu",)}, "belong to grid 'listed'"),
@@ -103,6 +113,37 @@ def test_quick_stands_below_the_command_line():
     assert schema.freeze(edited).base.train.steps == 60
     edited.base.train.steps = 70
     assert schema.freeze(edited, {"base.train.steps": 70}).base.train.steps == 70
+
+
+def test_a_larger_batch_reads_the_same_tokens_in_fewer_steps():
+    batch = {"16": {}, "32": {"train": {"batch_size": 32}}, "10": {"train": {"batch_size": 10}}}
+    cells = grid.cells(study({"batch": batch}))
+    assert len(cells) == 3
+    base = cells[0]
+    for cell in cells:
+        tokens = [one.run.train.steps * one.run.tokens_per_step for one in (base, cell)]
+        assert abs(tokens[0] - tokens[1]) <= cell.run.tokens_per_step / 2
+    listed = {"16": {}, "32": {"train": {"batch_size": 32, "steps": base.run.train.steps}}}
+    _, longer = grid.cells(study({"batch": listed}))
+    assert longer.run.train.steps == base.run.train.steps
+
+
+def test_splash_on_rows_that_its_blocks_do_not_divide_is_refused_with_the_study():
+    page = research_300k.get_config()
+    page.data.seq_len = 200
+    page.model.kernel = "splash"
+    with pytest.raises(ValueError, match=r"needs data.seq_len=200 to be a multiple of 128"):
+        grid.cells(schema.freeze(schema.edit(page, {"position": POSITION}, {})))
+
+
+def test_an_overridden_base_takes_its_own_name():
+    """What is called rope is rope, whatever the base was set to."""
+    edited = position.get_config()
+    edited.base.model.position = "alibi"
+    assert grid.cells(schema.freeze(edited))[0].name == "alibi"
+    edited.base.model.position = "t5"
+    with pytest.raises(ValueError, match="exactly one choice that is as the base is; it has none"):
+        schema.freeze(edited)
 
 
 @pytest.mark.parametrize("page", [position, ffn, norm])
