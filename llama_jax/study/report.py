@@ -233,6 +233,7 @@ def page(report: Report, pictures: dict[str, str]) -> str:
             for caption, svg in pictures.items()
         )
         parts.append(f'<h2>Pictures</h2><div class="pictures">{figures}</div>')
+    parts.append("<h2>Cost</h2>" + _html_table(*costs(report)))
     if by_length:
         parts.append(
             "<h2>Windows longer than the trained one</h2>" + _html_table(header, by_length)

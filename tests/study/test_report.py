@@ -135,5 +135,8 @@ def test_the_report_says_what_was_run(study, cells):
     found = two(cells)
     made = report.Report("t", study, found, table.rows(found, study.lengths, BLOCK), ["all", "one"])
     text = report.markdown(made)
-    for part in ("code: abc", "hardware: 1 x cpu", "3.00 device-hours", "all\none", "blocks of 8"):
+    page = report.page(made, {})
+    for part in ("code: abc", "hardware: 1 x cpu", "3.00 device-hours", "all\none", "blocks of 8",
+                 "at equal FLOPs", "1,001"):  # fmt: skip
         assert part in text, part
+        assert part in page, part
