@@ -32,6 +32,7 @@ def formula(run):
     return memory.need(run, built.state, slice_.device), built
 
 
+@pytest.mark.slow  # a minute of both cores
 def test_gradients_are_scattered_and_gathers_hide_behind_work():
     for one in compiled().collectives:
         if one["in_loop"]:
