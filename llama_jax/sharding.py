@@ -42,6 +42,9 @@ class Layout:
     """A mesh and what each letter means on it. Hashable, so that modules may hold it."""
 
     mesh: Mesh | AbstractMesh  # abstract: for shapes, before there are devices
+    whole_rows: bool = (
+        False  # the positions of a row stay together: in decoding there is one at a time
+    )
 
     def param(self, letters: str) -> NamedSharding:
         return NamedSharding(self.mesh, _spec(PARAMETERS, letters))
@@ -62,6 +65,10 @@ class Layout:
     def position_parts(self) -> int:
         """The number of parts that the positions of a row are spread over between layers."""
         return self._parts(ACTIVATIONS, "T")
+
+    @property
+    def decoding(self) -> "Layout":
+        return dataclasses.replace(self, whole_rows=True)
 
     def act(self, x: jax.Array, letters: str) -> jax.Array:
         """Constrain an activation inside jit: `layout.act(x_BTD, "BTD")`."""
@@ -91,14 +98,27 @@ class Layout:
 
         Where there are more parts than key heads, those are repeated.
         """
-        parts = self._parts(HEADS, "K")
         self.check((q_BNTH.shape[1],), "N", "attention", HEADS)
-        times = math.lcm(parts, keys_BKSH[0].shape[1]) // keys_BKSH[0].shape[1]
+        times = self.key_heads(keys_BKSH[0].shape[1]) // keys_BKSH[0].shape[1]
         keys = (jnp.repeat(x, times, axis=1) if times > 1 else x for x in keys_BKSH)
         return (
             self._constrain(q_BNTH, HEADS, "BNTH"),
             *(self._constrain(x, HEADS, "BKSH") for x in keys),
         )
+
+    def key_heads(self, kv_heads: int) -> int:
+        """Their number after `heads`."""
+        return math.lcm(self._parts(HEADS, "K"), kv_heads)
+
+    def cache(self, letters: str) -> NamedSharding:
+        """Of keys and values that wait for later queries."""
+        if self.mesh.size == 1:  # what XLA makes of it, and gives back
+            return self.replicated
+        return NamedSharding(self.mesh, _spec(HEADS, letters))
+
+    def keep(self, x: jax.Array) -> jax.Array:
+        """Constrain what a cache holds, "BKSH" or "BKS"."""
+        return jax.lax.with_sharding_constraint(x, self.cache("BKSH"[: x.ndim]))
 
     def on_own_heads(self, attend, q_BNTH, k_BKSH, v_BKSH, segments_BT) -> jax.Array:
         """Call `attend` on each device with its own rows and heads, for kernels that see one device."""
@@ -114,6 +134,8 @@ class Layout:
     def _constrain(self, x, table, letters):
         if self.mesh.size == 1:
             return x
+        if self.whole_rows:
+            table = {**table, "T": ()}
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, _spec(table, letters)))
 
     def check(self, shape: Sequence[int], letters: str, what: str, table=PARAMETERS) -> None:
@@ -146,7 +168,8 @@ class Layout:
         return jax.make_array_from_process_local_data(self.batch(letters), local, shape)
 
     def _parts(self, table, letter: str) -> int:
-        return math.prod(self.mesh.shape[axis] for axis in table[letter])
+        axes = () if self.whole_rows and letter == "T" else table[letter]
+        return math.prod(self.mesh.shape[axis] for axis in axes)
 
 
 def make(mesh: config.Mesh, devices: Sequence[jax.Device]) -> Layout:

@@ -6,6 +6,7 @@ import flax.linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax import config
+from llama_jax.model import cache
 from llama_jax.model.init import initial, param
 from llama_jax.model.kernels import KERNELS, Scores
 from llama_jax.model.linear import linear
@@ -37,9 +38,12 @@ class Attention(nn.Module):
         q_BNTH = checkpoint_name(rotate(q_BNTH, where.turns), "q")
         k_BKTH = checkpoint_name(rotate(k_BKTH, where.turns), "k")
         v_BKTH = checkpoint_name(v_BKTH, "v")
-        attend = KERNELS[config.kernel]
-        scores = Scores(config.window, config.softcap, where.bias_NS)
-        out_BNTH = act(attend(q_BNTH, k_BKTH, v_BKTH, segments_BT, self.layout, scores), "BNTH")
+        scores, qkv = Scores(config.window, config.softcap, where.bias_NS), (q_BNTH, k_BKTH, v_BKTH)
+        if where.positions_BT is None:
+            out_BNTH = KERNELS[config.kernel](*qkv, segments_BT, self.layout, scores)
+        else:
+            out_BNTH = cache.attend(self, *qkv, where.positions_BT, segments_BT, scores)
+        out_BNTH = act(out_BNTH, "BNTH")
         w_NHD = param(self, "o", "NHD", initial(config, "residual"))
         out_BTD = product("BNTH,NHD->BTD", out_BNTH, w_NHD)
         if config.bias == "all":

@@ -41,20 +41,23 @@ USUAL = Scores()
 def reference(q_BNTH, k_BKSH, v_BKSH, segments_BT, layout: Layout, scores: Scores = USUAL):
     """softmax(q k / sqrt(H)) v over the whole square (arXiv:1706.03762 eq. 1, arXiv:2305.13245)."""
     visible_BTS = mask.causal(0, q_BNTH.shape[2], segments_BT, window=scores.window)
-    out_BNTH = attend(*layout.heads(q_BNTH, k_BKSH, v_BKSH), visible_BTS, scores)
+    q_BNTH, k_BKSH, v_BKSH = layout.heads(q_BNTH, k_BKSH, v_BKSH)
+    bias_NTS, whole = None, slice(0, q_BNTH.shape[2])
+    if scores.bias_NS is not None:
+        bias_NTS = _by_distance(scores.bias_NS, whole, whole)
+    out_BNTH = attend(q_BNTH, k_BKSH, v_BKSH, visible_BTS, scores.softcap, bias_NTS)
     return checkpoint_name(out_BNTH, "attended")
 
 
-def attend(q_BNTH, k_BKSH, v_BKSH, visible_BTS, scores: Scores = USUAL):
-    """Attention where `visible_BTS` says which keys a query sees."""
+def attend(q_BNTH, k_BKSH, v_BKSH, visible_BTS, softcap: float = 0.0, bias_BNTS=None):
+    """Attention where `visible_BTS` says which keys a query sees. The bias may lack B."""
     B, N, T, H = q_BNTH.shape
     K = k_BKSH.shape[1]
     q_BKGTH = (q_BNTH * H**-0.5).reshape(B, K, N // K, T, H)
     score = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scores_BKGTS = _capped(score("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH), scores.softcap)
-    if scores.bias_NS is not None:
-        bias_NTS = _by_distance(scores.bias_NS, slice(0, T), slice(0, k_BKSH.shape[2]))
-        scores_BKGTS += bias_NTS.reshape(K, N // K, T, -1)
+    scores_BKGTS = _capped(score("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH), softcap)
+    if bias_BNTS is not None:
+        scores_BKGTS += bias_BNTS.reshape(-1, K, N // K, T, k_BKSH.shape[2])
     scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, mask.HIDDEN)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype)
     out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS, v_BKSH)

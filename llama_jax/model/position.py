@@ -1,8 +1,8 @@
 """Where a token stands: what a position scheme gives to the network.
 
-A scheme is a function `(module, positions_BT) -> Where`, called once a forward pass by the transformer,
-whose parameters it may add to. Rotary embedding is half-split: entry i pairs with entry i + H/2. Meta's
-checkpoints interleave the pairs.
+A scheme is a function `(module, positions_BT, reach) -> Where`, called once a forward pass by the
+transformer, whose parameters it may add to; keys are less than `reach` positions before their query. Rotary
+embedding is half-split: entry i pairs with entry i + H/2. Meta's checkpoints interleave the pairs.
 """
 
 import math
@@ -23,6 +23,7 @@ class Where(NamedTuple):
     added_BTD: jax.Array | None = None  # to the embedding
     turns: tuple[jax.Array, jax.Array] | None = None  # cosine and sine, for queries and keys
     bias_NS: jax.Array | None = None  # float32, to the score of the key S positions back
+    positions_BT: jax.Array | None = None  # of the queries, where keys and values are cached
 
 
 def frequencies(head_dim: int, rope: config.Rope, dtype: type = np.float64) -> np.ndarray:
@@ -84,23 +85,23 @@ def rope_turns(model: config.Model, positions_BT: jax.Array) -> tuple[jax.Array,
     return cos_BTh, sin_BTh
 
 
-def rope(module: nn.Module, positions_BT: jax.Array) -> Where:
+def rope(module: nn.Module, positions_BT: jax.Array, reach: int) -> Where:
     """Rotary embedding (arXiv:2104.09864)."""
     return Where(turns=rope_turns(module.config, positions_BT))
 
 
-def none(module: nn.Module, positions_BT: jax.Array) -> Where:
+def none(module: nn.Module, positions_BT: jax.Array, reach: int) -> Where:
     """No position at all; the causal mask alone tells order (NoPE, arXiv:2305.19466)."""
     return Where()
 
 
-def learned(module: nn.Module, positions_BT: jax.Array) -> Where:
+def learned(module: nn.Module, positions_BT: jax.Array, reach: int) -> Where:
     """A vector for each position, added to the embedding (GPT-2; arXiv:1706.03762 section 3.5)."""
     table_RD = param(module, "positions", "RD", initial(module.config, "table"))
     return Where(added_BTD=table_RD[positions_BT])
 
 
-def sinusoidal(module: nn.Module, positions_BT: jax.Array) -> Where:
+def sinusoidal(module: nn.Module, positions_BT: jax.Array, reach: int) -> Where:
     """Sines and cosines of D/2 frequencies, added to the embedding (arXiv:1706.03762 section 3.5).
 
     Scaled to the embedding's standard deviation: there the embedding is multiplied by sqrt(D), here it
@@ -114,10 +115,10 @@ def sinusoidal(module: nn.Module, positions_BT: jax.Array) -> Where:
     return Where(added_BTD=(waves_BTD * (model.init_std * 2**0.5)).astype(model.compute_dtype))
 
 
-def alibi(module: nn.Module, positions_BT: jax.Array) -> Where:
+def alibi(module: nn.Module, positions_BT: jax.Array, reach: int) -> Where:
     """Scores fall linearly with distance, in each head at its own slope (arXiv:2108.12409 section 3)."""
     slopes_N = alibi_slopes(module.config.heads)
-    distances_S = np.arange(positions_BT.shape[1])
+    distances_S = np.arange(reach)
     return Where(bias_NS=jnp.asarray(-np.outer(slopes_N, distances_S), jnp.float32))
 
 
@@ -133,13 +134,13 @@ def alibi_slopes(heads: int) -> np.ndarray:
 FAR = 128  # T5: from this distance on one bucket (arXiv:1910.10683 section 2.1)
 
 
-def t5(module: nn.Module, positions_BT: jax.Array) -> Where:
+def t5(module: nn.Module, positions_BT: jax.Array, reach: int) -> Where:
     """A learned number for each head and bucket of distances, the same in every layer.
 
     Half of the buckets are single distances, half grow logarithmically up to FAR.
     """
     table_NU = param(module, "distances", "NU", initial(module.config, "table"))
-    buckets_S = t5_buckets(positions_BT.shape[1])
+    buckets_S = t5_buckets(reach)
     return Where(bias_NS=table_NU.astype(jnp.float32)[:, buckets_S])
 
 

@@ -84,23 +84,45 @@ class Group(nn.Module):
 
 
 class Transformer(nn.Module):
-    """tokens_BT, positions_BT and segments_BT (None: one segment a row) -> Hidden."""
+    """tokens_BT, positions_BT and segments_BT (None: one segment a row) -> Hidden.
+
+    With `places`, those of a cache (cache.py): the tokens go on with what is in it.
+    """
 
     config: config.Model
     layout: Layout
+    stacked: bool = True  # the parameters of layers; see `unstack`
 
     @nn.compact
-    def __call__(self, tokens_BT, positions_BT, segments_BT=None) -> Hidden:
+    def __call__(self, tokens_BT, positions_BT, segments_BT=None, places: int = 0) -> Hidden:
         config, act = self.config, self.layout.act
         norm = functools.partial(NORMS[config.norm], config, self.layout)
         placement = PLACEMENTS[config.placement]
         w_VD = param(self, "embed", "VD", initial(config, "table"))
         x_BTD = act(w_VD[tokens_BT], "BTD")
-        where = POSITIONS[config.position](self, positions_BT)
+        where = POSITIONS[config.position](self, positions_BT, places or tokens_BT.shape[1])
+        if places:
+            where = where._replace(positions_BT=positions_BT)
         if where.added_BTD is not None:
             x_BTD = act(x_BTD + where.added_BTD, "BTD")
         if placement.norm_embedding:
             x_BTD = norm(name="embed_norm")(x_BTD)
+        if self.stacked:
+            x_BTD = self.scanned(x_BTD, where, segments_BT)
+        else:
+            for i in range(config.groups):
+                group = Group(config, self.layout, name=f"group_{i}")
+                x_BTD, _ = group(x_BTD, where, segments_BT)
+        if placement.norm_output:
+            x_BTD = norm(name="norm")(x_BTD)
+        if config.init == "mup":
+            x_BTD = x_BTD / mup_ratio(config)
+        if config.output == "tied":
+            return Hidden(x_BTD, jnp.einsum("VD->DV", w_VD))
+        return Hidden(x_BTD, param(self, "output", "DV", initial(config, "output")))
+
+    def scanned(self, x_BTD, where: Where, segments_BT):
+        config = self.config
         body = Group
         if config.remat != "none" or self.layout.mesh.size > 1:
             body = nn.remat(Group, policy=REMAT[config.remat], prevent_cse=False)
@@ -114,13 +136,7 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "L"},
         )
         x_BTD, _ = groups(config, self.layout, name="groups")(x_BTD, where, segments_BT)
-        if placement.norm_output:
-            x_BTD = norm(name="norm")(x_BTD)
-        if config.init == "mup":
-            x_BTD = x_BTD / mup_ratio(config)
-        if config.output == "tied":
-            return Hidden(x_BTD, jnp.einsum("VD->DV", w_VD))
-        return Hidden(x_BTD, param(self, "output", "DV", initial(config, "output")))
+        return x_BTD
 
 
 def build(model: config.Model, layout: Layout) -> Transformer:
@@ -152,6 +168,25 @@ def init(module: Transformer, key: jax.Array) -> Any:
 def abstract(module: Transformer) -> Any:
     """The shapes of the parameters; no memory."""
     return nn.unbox(_described(module))
+
+
+def unstacked(module: Transformer) -> Transformer:
+    """The same network, for parameters that `unstack` made: each layer finds its own without a copy."""
+    return module.clone(stacked=False, layout=module.layout.decoding)
+
+
+def unstack(module: Transformer, params: Any) -> Any:
+    """Parameters a layer group at a time, in the compute dtype. The stacked ones are given up."""
+    dtype = module.config.compute_dtype
+    made = {}
+    for name, leaf in tree.paths(params).items():
+        if name.startswith("groups/"):
+            for i in range(leaf.shape[0]):
+                made[name.replace("groups", f"group_{i}", 1)] = leaf[i].astype(dtype)
+            leaf.delete()
+        else:
+            made[name] = leaf.astype(dtype)
+    return tree.nest(made)
 
 
 def letters(module: Transformer) -> Any:

@@ -16,6 +16,6 @@ def apply(scheme, model, layout, params: dict, positions_BT) -> Where:
 
         @nn.compact
         def __call__(self, positions_BT):
-            return scheme(self, positions_BT)
+            return scheme(self, positions_BT, positions_BT.shape[1])
 
     return Alone(model, layout).apply({"params": params}, positions_BT)

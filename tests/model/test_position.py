@@ -68,7 +68,7 @@ def test_rotation_agrees_with_a_recorded_torch_result(shared):
 
 def test_no_position_leaves_queries_alone():
     x = jnp.arange(24.0).reshape(1, 3, 2, 4)
-    assert position.rotate(x, position.none(None, jnp.zeros((1, 2))).turns) is x
+    assert position.rotate(x, position.none(None, jnp.zeros((1, 2)), 2).turns) is x
 
 
 def test_alibi_has_the_slopes_of_the_paper():
