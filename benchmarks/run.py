@@ -36,10 +36,11 @@ print(2 * n**3 / best / 1e9)
 W1_FLOPS_PER_TOKEN = 6 * (8 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1408) + 512 * 32_000) + (
     6 * 8 * 8 * 64 * 512
 )
+W5_BYTES_PER_TOKEN = 4 * (8 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1408) + 512 * 32_000)
 
 
 def main() -> None:
-    rows = [*train_step(), *startup(), *data(), *convert()]
+    rows = [*train_step(), *startup(), *data(), *convert(), *decode()]
     (ROOT / "benchmarks" / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
     (ROOT / "docs" / "benchmarks.md").write_text(page(rows))
     print(f"wrote {ROOT / 'docs/benchmarks.md'} and {ROOT / 'benchmarks/results.json'}")
@@ -130,6 +131,36 @@ def convert() -> list[dict]:
     ]
 
 
+def decode() -> list[dict]:
+    """W5: greedy continuation of 1 and 8 prompts."""
+    rows = []
+    for batch in (1, 8):
+        found = {"ours": [], "transformers": []}
+        for round_ in range(ROUNDS):
+            for name, results in found.items():
+                say(f"W5 round {round_ + 1} of {ROUNDS}: {name}, batch {batch}")
+                results.append(
+                    json.loads(python("-m", "benchmarks.decode", name, f"--batch={batch}"))
+                )
+        of = lambda side, what: [statistics.median(r[what]) for r in found[side]]  # noqa: B023, E731
+        rates, first = of("ours", "tokens_per_second"), of("ours", "first_token_seconds")
+        name = f"W5 decode, batch {batch}"
+        rows += [
+            row(
+                f"{name}, beside transformers",
+                rates,
+                of("transformers", "tokens_per_second"),
+                "tokens/s",
+            ),
+            row(f"{name}, first token", first, of("transformers", "first_token_seconds"), "s"),
+        ]
+        if batch == 1:
+            read = [rate * W5_BYTES_PER_TOKEN / 1e9 for rate in rates]
+            band = [r["bandwidth"] for r in found["ours"]]
+            rows.append(row(f"{name}, weights read, beside a sum's bandwidth", read, band, "GB/s"))
+    return rows
+
+
 def row(name: str, ours: list[float], peer: list[float], unit: str) -> dict:
     spread = (max(ours) - min(ours)) / statistics.median(ours)
     found = {"name": name, "ours": statistics.median(ours), "peer": None, "ratio": None}
@@ -162,7 +193,8 @@ def page(rows: list[dict]) -> str:
         "compiled program cached. W3: rows of 256 tokens as they reach the device; tokenizers on 4 MB of "
         "Python's standard library in documents of 4,000 characters, one thread. W4: read, checked for NaN, "
         "turned into the other layout, synced to disk; a copy is cp and sync. The bound is 3 x the largest "
-        "tensor + 1 GiB.\n"
+        "tensor + 1 GiB. W5: the network of W1, prompts of 64 tokens, 128 new ones, greedy, float32, "
+        "the prompt's time included; transformers with its cache.\n"
     )
 
 

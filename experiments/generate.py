@@ -1,57 +1,87 @@
-"""Continue a text: `python -m experiments.generate --checkpoint=DIR --prompt="Once upon a time"`.
+"""Continue texts with a trained network.
 
-DIR is a folder that experiments.convert wrote, or the workdir of a training run.
+    python -m experiments.generate --checkpoint=DIR --prompt="Once upon a time"
+    python -m experiments.generate --checkpoint=DIR --chat
+    python -m experiments.generate --checkpoint=DIR --input=prompts.jsonl --output=texts.jsonl
+
+DIR is a folder that experiments.convert wrote, or the workdir of a training run. How to choose tokens, how
+many and where to stop: --config.decode.*. --draft=DIR names a small network that proposes what the large one
+checks: the same texts, sooner. --chat is in chat.py, --input in prompt_file.py.
 """
 
-import dataclasses
+import sys
 from pathlib import Path
 
 import jax
 from absl import flags
 
-from experiments import cli
-from llama_jax import config, sharding
-from llama_jax.convert import formats, native
-from llama_jax.decode import generate
-from llama_jax.model import transformer
+from experiments import chat, cli, prompt_file
+from experiments.loading import Loaded, fit, load, say, with_draft
+from llama_jax import config
+from llama_jax.decode.generate import Decoder, Request
+from llama_jax.train import loop
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the model.", required=True)
-PROMPT = flags.DEFINE_string("prompt", None, "The text to continue.", required=True)
-CONFIG = cli.define_parts(decode=config.Decode())
+PROMPT = flags.DEFINE_string("prompt", None, "The text to continue.")
+CHAT = flags.DEFINE_bool("chat", False, "Talk with the model, on a terminal or through a pipe.")
+SYSTEM = flags.DEFINE_string("system", "", "What the model is told before a chat.")
+INPUT = flags.DEFINE_string("input", None, 'Lines of {"prompt": ...} or {"messages": [...]}.')
+OUTPUT = flags.DEFINE_string("output", None, "Lines in the order of --input, with the texts.")
+DRAFT = flags.DEFINE_string("draft", None, "Folder of a small model that proposes.")
+PROPOSALS = flags.DEFINE_integer("proposals", 4, "Tokens that --draft is ahead.", lower_bound=1)
+CONFIG = cli.define_parts(decode=config.Decode(), mesh=config.Mesh())
 
 
 def main() -> int:
+    chosen = [
+        name for name, flag in (("prompt", PROMPT), ("input", INPUT)) if flag.value is not None
+    ]
+    chosen += ["chat"] if CHAT.value else []
+    if len(chosen) != 1:
+        raise ValueError(f"give one of --prompt, --chat and --input; {len(chosen)} are given")
+    for flag, of, used in (("output", "input", OUTPUT.value), ("system", "chat", SYSTEM.value)):
+        if bool(used) != (of == chosen[0]) and (used or flag == "output"):
+            raise ValueError(
+                f"--{flag} belongs to --{of}" if used else f"--{of} needs --{flag}=FILE"
+            )
     cli.tune_for_cpu()
+    cache = Path(config.Data().cache).expanduser() / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
     decode = config.from_dict(CONFIG.value.decode.to_dict(), config.Decode, "decode")
-    folder = Path(CHECKPOINT.value).expanduser().absolute()
-    model, context, tokenizer_file = native.settings(folder)
-    if tokenizer_file is None:
-        raise ValueError(f"{folder} has no tokenizer: convert it again with --tokenizer=FILE")
-    if model.remat != "none":
-        model = dataclasses.replace(model, remat="none")
-    tokenizer = formats.loaded(tokenizer_file)
-    formats.check_ids(tokenizer, model)
-    prompt = [tokenizer.bos, *tokenizer.encode(PROMPT.value)]
-    total = len(prompt) + decode.max_new_tokens
-    if total > context:
-        raise ValueError(
-            f"--prompt has {len(prompt)} tokens and decode.max_new_tokens={decode.max_new_tokens} more "
-            f"make {total}, beyond the {context} that the model was trained for; "
-            f"try --config.decode.max_new_tokens={max(context - len(prompt), 1)}"
-        )
-    module = transformer.build(model, sharding.make(config.Mesh(), jax.devices()))
-    params = native.load(folder, module)
-    tokens = generate.continue_text(
-        module, params, prompt, decode.max_new_tokens, decode.temperature, decode.seed
+    mesh = config.from_dict(CONFIG.value.mesh.to_dict(), config.Mesh, "mesh")
+    loaded = load(Path(CHECKPOINT.value), decode, mesh)
+    if DRAFT.value:
+        draft = load(Path(DRAFT.value), decode, mesh)
+        loaded = with_draft(loaded, draft, PROPOSALS.value)
+    if CHAT.value:
+        return chat.Chat(loaded, SYSTEM.value).run()
+    if INPUT.value:
+        return prompt_file.run(loaded, Path(INPUT.value), Path(OUTPUT.value))
+    return once(loaded, PROMPT.value)
+
+
+def once(loaded: Loaded, prompt: str) -> int:
+    """Print the continuation of one prompt as it is made; of several samples each as it ends."""
+    decode, tokenizer = loaded.engine.decode, loaded.tokenizer
+    tokens = [tokenizer.bos, *tokenizer.encode(prompt)]
+    fit(len(tokens), decode.max_new_tokens, loaded.context, "--prompt")
+    requests = [
+        Request(tokens, decode.max_new_tokens, decode.seed, (0, i)) for i in range(decode.samples)
+    ]
+    total = len(tokens) + decode.max_new_tokens
+    decoder = Decoder(
+        loaded.engine, tokenizer, loaded.ends, min(decode.samples, decode.rows), total
     )
-    print(tokenizer.decode(until_end(tokens[1:], tokenizer)))
+    alone, head = decode.samples == 1, tokenizer.decode(tokens[1:])
+    if alone:
+        say(head)
+    with loop.Interrupt() as interrupt:
+        listen = lambda _, text: say(text) if alone else None  # noqa: E731
+        for number, result in decoder.run(requests, listen, lambda: bool(interrupt.signal)):
+            say("\n" if alone else f"[{number + 1}] {head}{result.text}\n")
+    if interrupt.signal:
+        print(f"{interrupt.signal}: ended early", file=sys.stderr)
     return 0
-
-
-def until_end(tokens: list[int], tokenizer) -> list[int]:
-    """Up to the token that ends a text, or begins another."""
-    ends = [i for i, token in enumerate(tokens) if token in (tokenizer.bos, tokenizer.eos)]
-    return tokens[: ends[0]] if ends else tokens
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from llama_jax import config, tree
 from llama_jax.analysis import baseline, runcard
 from llama_jax.convert import native
 from llama_jax.data import mixture
-from llama_jax.decode import generate
+from llama_jax.decode.engine import Engine
+from llama_jax.decode.generate import Decoder, Request
 from llama_jax.train import checkpoint, loop, metrics
 
 CONFIG = cli.define_config()
@@ -92,15 +93,13 @@ def finish(run, workdir, module, result, prepared) -> None:
     ].tolist()
     most = run.model.max_positions or SAMPLE_PROMPT + SAMPLE_TOKENS
     new = min(SAMPLE_TOKENS, most - len(prompt))
-    tokens = generate.continue_text(
-        module, result.state.params, prompt, new, SAMPLE_TEMPERATURE, seed=0
-    )
+    parameters = tree.count(result.state.params)
+    sample = sampled(module, result.state.params, prepared.tokenizer, prompt, new)
     if not hosts.first():
         return
     from llama_jax.analysis import plots  # matplotlib is slow to import
 
     counted = baselines(run, prepared)
-    parameters = tree.count(result.state.params)
     title = f"{workdir.name}: {parameters:,} parameters"
     plots.loss(result.rows, counted, workdir / "loss.png", title)
     more = {f"{name}_loss": nats for name, nats in counted.items()}
@@ -109,13 +108,21 @@ def finish(run, workdir, module, result, prepared) -> None:
     decode = prepared.tokenizer.decode
     print(f"\na sample at temperature {SAMPLE_TEMPERATURE}, from the first held-out row")
     print("  prompt:       " + indent(decode(prompt)))
-    print("  continuation: " + indent(decode(tokens[len(prompt) :])))
+    print("  continuation: " + indent(sample))
     print(f"\n{'':14}nats/token  bits/byte")
     for name, nats in {"validation": result.results["validation_loss"], **counted}.items():
         print(f"{name:14}{nats:10.4f}{session.bits_per_byte(nats, prepared):11.4f}")
     print(f"\n{result.seconds:.0f} s of training; written to {workdir}:")
     for name in ("checkpoints", "metrics.jsonl", "loss.png", "runcard.md", "runcard.json"):
         print(f"  {workdir / name}")
+
+
+def sampled(module, params, tokenizer, prompt: list[int], new: int) -> str:
+    """The parameters are given up."""
+    engine = Engine(module, params, config.Decode(temperature=SAMPLE_TEMPERATURE))
+    decoder = Decoder(engine, tokenizer, (), 1, len(prompt) + new)
+    ((_, result),) = decoder.run([Request(prompt, new)])
+    return result.text
 
 
 def indent(text: str) -> str:

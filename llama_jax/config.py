@@ -366,15 +366,32 @@ class Decode:
 
     max_new_tokens: int = 100
     temperature: float = 0.0  # 0: always the likeliest token
+    top_k: int = 0  # draw from so many of the likeliest; 0: from all
+    top_p: float = 1.0  # draw from the fewest that have this probability together
+    min_p: float = 0.0  # draw from those of at least this share of the likeliest one's probability
+    repetition_penalty: float = 1.0  # of the tokens that the text already has
     seed: int = 0  # of the draws
+    samples: int = 1  # continuations of each prompt
+    stop: tuple[str, ...] = ()  # a text ends before any of these
+    stop_tokens: tuple[str, ...] = ()  # or at a special token of one of these names
+    rows: int = 8  # texts at a time, at most
+    cache: str = (
+        "compute"  # what keys and values are kept in: "compute" (its dtype), "bfloat16" or "int8"
+    )
 
     def __post_init__(self):
-        _positive(self, "decode", "max_new_tokens")
-        _not_negative(self, "decode", "temperature")
-        if self.temperature == 0 and self.seed:
-            raise ValueError(
-                f"decode.seed={self.seed} has no effect while decode.temperature=0.0; set a temperature"
-            )
+        _positive(self, "decode", "max_new_tokens", "repetition_penalty", "samples", "rows")
+        _not_negative(self, "decode", "temperature", "top_k")
+        choose(("compute", "bfloat16", "int8"), self.cache, "decode.cache")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"decode.top_p={self.top_p} must be above 0 and at most 1")
+        if not 0 <= self.min_p < 1:
+            raise ValueError(f"decode.min_p={self.min_p} must be at least 0 and below 1")
+        if "" in self.stop:
+            raise ValueError("decode.stop has an empty text, which would end every text at once")
+        if self.temperature == 0:
+            drawn = ("seed", "top_k", "top_p", "min_p", "samples")
+            _idle(self, "decode", drawn, "decode.temperature=0.0")
 
 
 @dataclasses.dataclass(frozen=True)

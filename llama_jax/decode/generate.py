@@ -1,60 +1,156 @@
-"""Continue a prompt by running the whole text through the model for each new token.
+"""Continue texts: a few rows at a time, each row taken over by the next text when its own has ended."""
 
-No cache: right for the few tokens that training shows of itself, slow for anything longer.
-"""
-
-import functools
-from collections.abc import Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
-from llama_jax.model import transformer
-from llama_jax.model.transformer import Transformer
+from llama_jax.decode.engine import Engine
+from llama_jax.decode.text import Text
+from llama_jax.tokenizer.base import Tokenizer
+
+WORTH = 16  # tokens that are worth keeping: as many as the smallest chunk takes
 
 
-def continue_text(
-    module: Transformer,
-    params: Any,
-    prompt: Sequence[int],
-    new_tokens: int,
-    temperature: float,
-    seed: int,
-) -> list[int]:
-    """Token ids of the prompt and its continuation; temperature 0 takes the likeliest token.
+class Request(NamedTuple):
+    """A prompt as tokens. Its draws depend on `seed` and `stream` alone."""
 
-    ValueError if they are more than a table of positions has rows.
+    tokens: list[int]
+    max_new_tokens: int
+    seed: int = 0
+    stream: tuple[int, int] = (0, 0)  # which prompt, which sample of it
+
+
+class Result(NamedTuple):
+    tokens: list[int]  # new ones, without one that ends the text
+    logprobs: list[float]  # of each, as the network has it
+    text: str
+    end: str  # "stop", "length" or "interrupted"
+    last: list[int]  # the token that ended the text, if one did
+
+
+class _Row:
+    """A text that is on."""
+
+    def __init__(self, number: int, text: Text):
+        self.number, self.text, self.logprobs = number, text, []
+
+    def feed(self, tokens, logprobs, listen) -> None:
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            if shown := self.text.feed(int(token)):
+                listen(self.number, shown)
+            if len(self.text.tokens) > len(self.logprobs):
+                self.logprobs.append(float(logprob))
+            if self.text.end:
+                return
+
+    def result(self) -> tuple[int, Result]:
+        text = self.text
+        return self.number, Result(text.tokens, self.logprobs, text.text, text.end, text.last)
+
+
+class Decoder:
+    """Rows of an engine (engine.py, or speculative.py) that texts go through, as many as there are.
+
+    What requests have in common at their beginning goes through the network once, and so does what a
+    single request has in common with the text before.
     """
-    length = len(prompt) + new_tokens
-    if module.config.max_positions and length > module.config.max_positions:
-        raise ValueError(
-            f"a prompt of {len(prompt)} tokens and {new_tokens} new ones do not fit into "
-            f"model.max_positions={module.config.max_positions}"
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        end_tokens: Collection[int],
+        rows: int,
+        length: int,
+    ):
+        """For texts of at most `length` tokens, prompts and all."""
+        self.engine, self.tokenizer, self.end_tokens = engine, tokenizer, end_tokens
+        self.rows = engine.rows(rows, length)
+        self.held: list[Sequence[int]] = [()] * rows  # the text that is in each row's cache
+
+    def run(
+        self,
+        requests: Sequence[Request],
+        listen: Callable[[int, str], None] = lambda number, text: None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> Iterator[tuple[int, Result]]:
+        """Each request's number and result, as they end.
+
+        listen(number, text): more of a text is there. stopped(): whether to end all texts as they are.
+        """
+        waiting = deque(enumerate(requests))
+        shared = self._shared(requests)
+        texts: list[_Row | None] = [None] * len(self.held)
+        while waiting or any(texts):
+            for row in range(len(texts)):
+                if texts[row] is None and waiting and not stopped():
+                    number, request = waiting.popleft()
+                    texts[row] = self._begin(row, number, request, shared, listen)
+            if not stopped() and all(one is None or not one.text.end for one in texts):
+                self.rows, said = self.engine.advance(self.rows)
+                tokens_BX, logprobs_BX, count_B = (np.asarray(x) for x in said)
+                for row, one in enumerate(texts):
+                    if one is not None:
+                        n = count_B[row]
+                        one.feed(tokens_BX[row, :n], logprobs_BX[row, :n], listen)
+            for row, one in enumerate(texts):
+                if one is None:
+                    continue
+                if stopped() and not one.text.end:
+                    listen(one.number, one.text.cut())
+                if one.text.end:
+                    # The last token need not have gone through the network.
+                    self.held[row] = [*self.held[row], *one.text.tokens[:-1]]
+                    if not waiting:
+                        self.rows = self.engine.end(self.rows, row)
+                    yield one.result()
+                    texts[row] = None
+            if stopped():
+                return
+
+    def _shared(self, requests: Sequence[Request]) -> int:
+        """So many tokens at the beginning are the same in all."""
+        if self.engine.window:  # the beginning may have given way
+            return 0
+        texts = [request.tokens for request in requests]
+        if len(texts) == 1:
+            texts.append(self.held[0])
+        same = min((_same(texts[0], text) for text in texts[1:]), default=0)
+        same = min(same, *(len(request.tokens) - 1 for request in requests))
+        return same if same >= WORTH else 0
+
+    def _begin(self, row, number, request, shared, listen) -> _Row:
+        tokens = request.tokens
+        holder = next(
+            (at for at in (row, *range(len(self.held))) if _same(self.held[at], tokens) >= shared),
+            None,
         )
-    rows = module.layout.row_parts  # the same row on every device
-    parts = module.layout.position_parts
-    filled = -(-length // parts) * parts
-    tokens_BT = jnp.zeros((rows, filled), jnp.int32).at[:, : len(prompt)].set(jnp.asarray(prompt))
-    finished_BT = _continue(module, params, tokens_BT, len(prompt), length, temperature, seed)
-    return jax.device_get(finished_BT)[0, :length].tolist()
+        if shared and holder is not None and holder != row:
+            self.rows = self.engine.copy(self.rows, holder, row)
+        start = shared if holder is not None else 0
+        self.rows, said = self.engine.begin(
+            self.rows, row, tokens, key_of(request), start, pause=shared
+        )
+        self.held[row] = tokens
+        text = Text(
+            self.tokenizer, tokens, self.end_tokens, self.engine.decode.stop, request.max_new_tokens
+        )
+        one = _Row(number, text)
+        one.feed(*(np.asarray(x)[0] for x in said[:2]), listen)
+        return one
 
 
-@functools.partial(jax.jit, static_argnames=("module", "temperature"))
-def _continue(module, params, tokens_BT, first, last, temperature, seed):
-    """tokens_BT with the positions from `first` to before `last` filled in."""
-    rows, length = tokens_BT.shape
-    positions_BT = jnp.broadcast_to(jnp.arange(length), (rows, length))
+def key_of(request: Request) -> jax.Array:
+    key = jax.random.key(request.seed)
+    for number in request.stream:
+        key = jax.random.fold_in(key, number)
+    return key
 
-    def one(i, tokens_BT):
-        hidden = module.apply({"params": params}, tokens_BT, positions_BT)
-        logits_BV = transformer.logits(hidden)[:, i - 1]
-        chosen_B = jnp.argmax(logits_BV, axis=-1)
-        if temperature:
-            key = jax.random.fold_in(jax.random.key(seed), i)
-            drawn = jax.random.categorical(key, logits_BV[0] / temperature)
-            chosen_B = jnp.full(rows, drawn)
-        return tokens_BT.at[:, i].set(chosen_B)
 
-    filled_BT = jax.lax.fori_loop(first, last, one, tokens_BT)
-    return jax.lax.with_sharding_constraint(filled_BT, module.layout.replicated)
+def _same(a: Sequence[int], b: Sequence[int]) -> int:
+    """The number of tokens with which both begin."""
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))

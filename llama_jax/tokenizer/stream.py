@@ -1,6 +1,7 @@
 """Decode ids one at a time into text that is never half a character."""
 
 import codecs
+from collections.abc import Sequence
 
 from llama_jax.tokenizer.base import Tokenizer
 
@@ -13,9 +14,11 @@ class Stream:
     byte tokenizer's as nothing, Llama 3's as their names, so stop before feeding an end token.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
+        """`before`: ids that the text goes on from. Only after none does it begin."""
         self._tokenizer = tokenizer
         self._start()
+        self._before = list(before[-1:])
 
     def feed(self, token: int) -> str:
         """The text that this id completes, "" while a character is unfinished."""

@@ -3,11 +3,14 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax import config
 from llama_jax.convert import formats, names, native
-from llama_jax.decode import generate
+from llama_jax.decode.engine import Engine
+from llama_jax.decode.generate import Decoder, Request
 from llama_jax.model import transformer
 from tests import oracle
 from tests.convert import small
@@ -34,8 +37,10 @@ def expected(shared):
 def test_the_recorded_greedy_text_comes_out_exactly(imported, expected):
     _, source, module, params = imported
     tokenizer = formats.loaded(source.tokenizer)
-    tokens = generate.continue_text(module, params, [tokenizer.bos], 200, 0.0, seed=0)
-    assert tokenizer.decode(tokens[1:]) == expected
+    engine = Engine(module, jax.tree.map(jnp.copy, params), config.Decode())
+    decoder = Decoder(engine, tokenizer, (), 1, 201)
+    ((_, result),) = decoder.run([Request([tokenizer.bos], 200)])
+    assert result.text == expected
 
 
 def nats_per_token(module, params, tokens) -> float:

@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 
 from llama_jax import config, sharding
-from llama_jax.decode import generate
+from llama_jax.decode import engine as engines
+from llama_jax.decode.engine import Engine
+from llama_jax.decode.generate import Decoder, Request
 from llama_jax.model import transformer
+from llama_jax.tokenizer import byte
 
-PROMPT = [3, 1, 4, 1, 5]
+PROMPTS = [b"The quick", b"jumps over the lazy dog and on", b"x", b"The quicker", b"abc" * 8]
+DRAWN = config.Decode(temperature=0.8, seed=3, rows=3)
 
 
 def network(model, layout):
@@ -18,51 +22,144 @@ def network(model, layout):
     return module, jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim > 2 else leaf, params)
 
 
+def decoder(model, layout, decode=DRAWN, rows=3, length=128, ends=()):
+    return Decoder(Engine(*network(model, layout), decode), byte.Byte(), ends, rows, length)
+
+
+def requests(prompts=PROMPTS, new=20, seed=3):
+    return [Request(list(text), new, seed, (i, 0)) for i, text in enumerate(prompts)]
+
+
 def test_greedy_takes_the_likeliest_token_of_the_text_so_far(model, layout):
+    ours = dict(decoder(model, layout, config.Decode(), rows=1).run(requests(new=4)))
     module, params = network(model, layout)
-    ours = generate.continue_text(module, params, PROMPT, 3, temperature=0, seed=0)
-    text = list(PROMPT)
-    for _ in range(3):
-        tokens = jnp.asarray([text])
-        places = jnp.arange(len(text))[None]
-        logits = transformer.logits(module.apply({"params": params}, tokens, places))
-        text.append(int(logits[0, -1].argmax()))
-    assert ours == text
+    for number, prompt in enumerate(PROMPTS):
+        text, logprobs = list(prompt), []
+        for _ in range(4):
+            places = jnp.arange(len(text))[None]
+            hidden = module.apply({"params": params}, jnp.asarray([text]), places)
+            log_p = jax.nn.log_softmax(transformer.logits(hidden)[0, -1])
+            text.append(int(log_p.argmax()))
+            logprobs.append(float(log_p.max()))
+        assert ours[number].tokens == text[len(prompt) :]
+        np.testing.assert_allclose(ours[number].logprobs, logprobs, rtol=1e-4)
+        assert ours[number].end == "length"
 
 
-def test_samples_follow_the_distribution_and_the_seed(model, layout):
-    module, params = network(model, layout)
-    draws = [generate.continue_text(module, params, PROMPT, 1, 1.0, seed)[-1] for seed in range(60)]
-    assert draws[0] == generate.continue_text(module, params, PROMPT, 1, 1.0, seed=0)[-1]
-    tokens, places = jnp.asarray([PROMPT]), jnp.arange(5)[None]
-    logits = transformer.logits(module.apply({"params": params}, tokens, places))[0, -1]
-    log_p = np.asarray(jax.nn.log_softmax(logits))
-    entropy, spread = -(np.exp(log_p) * log_p).sum(), np.sqrt((np.exp(log_p) * log_p**2).sum())
-    mean = -log_p[draws].mean()
-    assert abs(mean - entropy) < 4 * spread / np.sqrt(60), "surprise of the draws is the entropy"
-    assert len(set(draws)) > 5
+def test_a_text_does_not_depend_on_rows_neighbours_or_order(model, layout):
+    """Every bit of it: tokens and their log probabilities."""
+    every = dict(decoder(model, layout).run(requests()))
+    assert len({tuple(result.tokens) for result in every.values()}) == 5
+    for rows in (1, 2, 5):
+        other = dict(decoder(model, layout, rows=rows).run(requests()))
+        for number, result in every.items():
+            assert other[number].tokens == result.tokens
+    asked = requests()
+    turned = dict(decoder(model, layout).run(asked[::-1]))
+    for number, result in every.items():
+        assert turned[4 - number] == result, "the same bits in another row beside others"
 
 
-def test_many_devices_give_the_same_text(model):
-    model = dataclasses.replace(model, vocab_size=42, kv_heads=6)
-    one, eight = (
-        sharding.make(mesh, devices)
-        for mesh, devices in (
-            (config.Mesh(), jax.devices()[:1]),
-            (config.Mesh(data=4, fsdp=1, tensor=2), jax.devices()),
+def test_seeds_and_samples_differ(model, layout):
+    asked = [Request(list(b"abc"), 20, 3, (0, i)) for i in range(4)]
+    asked.append(Request(list(b"abc"), 20, 4, (0, 0)))
+    made = dict(decoder(model, layout).run(asked))
+    assert len({tuple(result.tokens) for result in made.values()}) == 5
+
+
+def test_what_prompts_share_goes_through_the_network_once(model, layout, monkeypatch):
+    """And the texts are those of prompts by themselves."""
+    shared = b"a long beginning that all of the prompts have, "
+    prompts = [shared + text for text in (b"one", b"two and more", b"three", b"four")]
+    alone = {
+        i: dict(decoder(model, layout).run([one]))[0] for i, one in enumerate(requests(prompts))
+    }
+    lengths = []
+    begin = engines.begin
+    monkeypatch.setattr(engines, "begin", lambda *args: lengths.append(args[6]) or begin(*args))
+    made = dict(decoder(model, layout).run(requests(prompts)))
+    assert lengths == [len(shared), *(len(p) - len(shared) for p in prompts)]
+    for number, result in made.items():
+        assert result.tokens == alone[number].tokens
+        np.testing.assert_allclose(result.logprobs, alone[number].logprobs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_conversation_goes_on_where_it_was(model, layout, monkeypatch):
+    lengths = []
+    begin = engines.begin
+    monkeypatch.setattr(engines, "begin", lambda *args: lengths.append(args[6]) or begin(*args))
+    one = decoder(model, layout, rows=1)
+    ((_, first),) = one.run([Request(list(b"hello world"), 12)])
+    second = [*b"hello world", *first.tokens, *b" and"]
+    ((_, again),) = one.run([Request(second, 12)])
+    assert lengths == [11, 1 + 4], "the last token had not gone through"
+    ((_, fresh),) = decoder(model, layout, rows=1).run([Request(second, 12)])
+    assert again.tokens == fresh.tokens
+
+
+def test_parts_of_texts_are_heard_as_they_come(model, layout):
+    heard = {}
+    made = dict(
+        decoder(model, layout).run(
+            requests(), lambda number, text: heard.setdefault(number, []).append(text)
         )
     )
-    texts = []
-    for layout in (one, eight):
-        module, params = network(model, layout)
-        texts.append(generate.continue_text(module, params, PROMPT, 5, 0, seed=0))
-    assert texts[0] == texts[1]
+    for number, result in made.items():
+        assert "".join(heard[number]) == result.text
+        assert len(heard[number]) > 3
 
 
-def test_a_text_longer_than_the_table_of_positions_is_refused(model, layout):
-    model = dataclasses.replace(model, position="learned", max_positions=6)
-    module = transformer.build(model, layout)
-    params = transformer.init(module, jax.random.key(0))
-    assert len(generate.continue_text(module, params, PROMPT, 6 - len(PROMPT), 0, seed=0)) == 6
-    with pytest.raises(ValueError, match=r"do not fit into model\.max_positions=6"):
-        generate.continue_text(module, params, PROMPT, 7 - len(PROMPT), 0, seed=0)
+def test_end_tokens_end_and_rows_are_taken_over(model, layout):
+    plain = dict(decoder(model, layout).run(requests()))
+    ends = {result.tokens[7] for result in plain.values()}
+    made = dict(decoder(model, layout, ends=ends, rows=2).run(requests()))
+    for number, result in made.items():
+        whole = plain[number].tokens
+        first = next(i for i, token in enumerate(whole) if token in ends)
+        assert result.tokens == whole[:first]
+        assert (result.end, result.last) == ("stop", [whole[first]])
+
+
+def test_stopped_it_gives_what_there_is(model, layout):
+    looks = iter(range(100))
+    made = dict(decoder(model, layout).run(requests(new=50), stopped=lambda: next(looks) > 9))
+    assert 0 < len(made) <= 3
+    for result in made.values():
+        assert result.end == "interrupted"
+        assert 0 < len(result.tokens) < 50
+
+
+def test_a_repetition_penalty_sees_prompt_and_text(model, layout):
+    """So large that no token comes twice."""
+    decode = config.Decode(repetition_penalty=1e6)
+    for result in dict(decoder(model, layout, decode).run(requests(new=40))).values():
+        assert len(set(result.tokens)) == 40
+        assert not set(result.tokens) & set(PROMPTS[0]) or result.tokens
+
+
+@pytest.mark.parametrize("cache", ["bfloat16", "int8"])
+def test_smaller_caches_say_nearly_the_same(model, layout, cache):
+    exact = dict(decoder(model, layout, config.Decode()).run(requests(new=3)))
+    near = dict(decoder(model, layout, config.Decode(cache=cache)).run(requests(new=3)))
+    for number, result in exact.items():
+        np.testing.assert_allclose(near[number].logprobs[0], result.logprobs[0], atol=0.1)
+        assert near[number].logprobs != result.logprobs
+
+
+@pytest.mark.parametrize("mesh", [config.Mesh(data=4, fsdp=1, tensor=2), config.Mesh(fsdp=8)])
+def test_many_devices_give_the_same_dict(model, mesh, layout):
+    model = dataclasses.replace(model, dim=32, ffn_dim=24)
+    one = dict(decoder(model, layout).run(requests()))
+    many = dict(decoder(model, sharding.make(mesh, jax.devices())).run(requests()))
+    for number, result in one.items():
+        assert many[number].tokens == result.tokens
+
+
+def test_a_session_compiles_few_programs(model, layout):
+    for program in (engines.begin, engines.advance):
+        program.clear_cache()
+    one = decoder(model, layout)
+    list(one.run(requests([b"ab", b"abcd" * 4, b"c" * 50, b"d" * 70])))
+    list(one.run(requests([b"e" * 9, b"f" * 60])))
+    assert engines.begin._cache_size() == 3  # chunks of 16, 64 and 256
+    assert engines.advance._cache_size() == 1

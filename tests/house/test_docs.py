@@ -16,11 +16,13 @@ README = (ROOT / "README.md").read_text()
 SHORT = ["--config.train.steps=3", "--config.optim.warmup_steps=1", "--config.eval.rows=8"]
 
 
-WEIGHTS, PLANS, STUDIES = (
+WEIGHTS, TEXTS, PLANS, STUDIES = (
     README.split(f"\n## {title}\n")[1].split("\n## ")[0]
-    for title in ("Weights", "Before a slice starts", "Ablations")
+    for title in ("Weights", "Generating", "Before a slice starts", "Ablations")
 )
-OTHERS = README.replace(WEIGHTS, "").replace(PLANS, "").replace(STUDIES, "")
+OTHERS = README
+for section in (WEIGHTS, TEXTS, PLANS, STUDIES):
+    OTHERS = OTHERS.replace(section, "")
 
 
 def commands(text: str = OTHERS) -> list[list[str]]:
@@ -152,6 +154,26 @@ def test_what_was_trained_leaves_as_the_readme_says(tmp_path):
         flags += ["--config.decode.max_new_tokens=8"] if module.endswith("generate") else []
         done = helpers.run(module.removeprefix("experiments."), *flags)
         assert done.returncode == 0, done.stderr
+
+
+def test_generating_is_as_the_readme_says(tmp_path):
+    """Every way, with a run of a few steps for the networks that the README names."""
+    trained = helpers.run("train", *helpers.arguments(tmp_path, "--config.train.steps=3"))
+    assert trained.returncode == 0, trained.stderr
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "w1"}\n{"prompt": "w2 w3"}\n')
+    ways = commands(TEXTS)
+    assert len(ways) == 4
+    for words in ways:
+        words = [re.sub("=(runs/tiny|/tmp/stories)", f"={tmp_path}/run", word) for word in words]
+        words = [re.sub("=(prompts|/tmp/texts)", f"={tmp_path}/\\1", word) for word in words]
+        words = [word.replace("/tmp/texts", "texts") for word in words]
+        done = subprocess.run(
+            [sys.executable, *words, "--config.decode.max_new_tokens=8"], input="hi\n/reset\nyes\n",
+            cwd=ROOT, env=helpers.environment(), capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+    assert len((tmp_path / "texts.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "LOG.md"])

@@ -1,0 +1,216 @@
+"""The programs of decoding: rows of text that go on, each at its own position, a few tokens at a call.
+
+Shapes come in steps (`places`, `CHUNKS`), so that a session compiles a handful of programs. What a row says
+depends on its own tokens and key alone.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax import config
+from llama_jax.decode import sample
+from llama_jax.model import cache, transformer
+from llama_jax.model.transformer import Transformer
+
+CHUNKS = (16, 64, 256, 512)  # tokens of a prompt at a time
+STEPS = 8  # tokens of each row between two looks at what was said
+
+
+class Rows(NamedTuple):
+    """B rows between two calls. `token_B` is what each row said last; the cache has what is before it."""
+
+    cache: Any
+    token_B: jax.Array
+    position_B: jax.Array  # of that token; -1 of a row that is idle
+    key_B: jax.Array
+    seen_BV: jax.Array | None = None  # tokens of the row, for a repetition penalty
+
+
+class Said(NamedTuple):
+    """Of each row the first `count_B` are said."""
+
+    tokens_BX: jax.Array
+    logprobs_BX: jax.Array  # of the network's own distribution, before temperature and filters
+    count_B: jax.Array
+
+
+class Engine:
+    """A network, its parameters ready for decoding, and how to choose tokens."""
+
+    def __init__(self, module: Transformer, params: Any, decode: config.Decode):
+        """`params` as `transformer.init` or `native.load` give them; they are given up."""
+        self.params = transformer.unstack(module, params)
+        self.module = transformer.unstacked(module)
+        self.decode = decode
+
+    @property
+    def window(self) -> int:
+        return self.module.config.window
+
+    def rows(self, number: int, length: int) -> Rows:
+        """Idle rows for texts of at most `length` tokens."""
+        module, decode = self.module, self.decode
+        kind = module.config.compute_dtype if decode.cache == "compute" else decode.cache
+        number = -(-number // module.layout.row_parts) * module.layout.row_parts
+        seen = None
+        if decode.repetition_penalty != 1:
+            seen = jnp.zeros((number, module.config.vocab_size), bool)
+        # A text that has ended goes on to the end of a call, and must not come round to its own beginning.
+        length += STEPS
+        kept = cache.empty(module, number, places(module.config, length), kind)
+        last, position = jnp.zeros(number, jnp.int32), jnp.full(number, -1, jnp.int32)
+        rest = (last, position, jax.random.split(jax.random.key(0), number), seen)
+        # Placed as calls leave them: else the second call would compile again.
+        return Rows(kept, *jax.device_put(rest, module.layout.replicated))
+
+    def begin(
+        self,
+        rows: Rows,
+        row: int,
+        tokens: list[int],
+        key: jax.Array,
+        start: int = 0,
+        pause: int = 0,
+    ) -> tuple[Rows, Said]:
+        """A row begins with the prompt `tokens` and says one more.
+
+        `start` of them are in its cache already. No chunk goes across `pause`: what is kept up to there
+        has the same bits whatever follows.
+        """
+        said = None
+        while start < len(tokens):
+            stop = pause if start < pause else len(tokens)
+            part = tokens[start : min(start + CHUNKS[-1], stop)]
+            size = next(n for n in CHUNKS if n >= len(part))
+            filled = np.zeros(size, np.int32)
+            filled[: len(part)] = part
+            rows, said = begin(
+                self.module, self.params, self.decode, rows, filled, start, len(part), row, key
+            )
+            start += len(part)
+        return rows, said
+
+    def end(self, rows: Rows, row: int) -> Rows:
+        """The row is idle; what it holds stays."""
+        return rows._replace(position_B=rows.position_B.at[row].set(-1))
+
+    def copy(self, rows: Rows, source: int, to: int) -> Rows:
+        """The row `to` holds the text of the row `source`."""
+        return rows._replace(cache=copy(rows.cache, source, to))
+
+    def advance(self, rows: Rows) -> tuple[Rows, Said]:
+        """More tokens of every row."""
+        return advance(self.module, self.params, self.decode, rows, STEPS)
+
+
+def places(model: config.Model, length: int) -> int:
+    """Of a cache for texts of `length` tokens: a power of two, or three quarters of one.
+
+    Of a network with a window no more than it sees and a chunk of the prompt.
+    """
+    if model.window:
+        length = min(length, model.window + CHUNKS[-1])
+    power = 1 << max(length - 1, 127).bit_length()
+    return power * 3 // 4 if length <= power * 3 // 4 else power
+
+
+def places_of(rows: Rows) -> int:
+    return jax.tree.leaves(rows.cache)[0].shape[2]
+
+
+@functools.partial(jax.jit, static_argnames=("module", "decode"), donate_argnames=("rows",))
+def begin(module, params, decode, rows: Rows, tokens_T, start, length, row, key):
+    """The tokens `start` to `start + length` of a row's prompt, and what it says after them."""
+    T, copies = tokens_T.shape[0], module.layout.row_parts
+    of_row = jax.tree.map(lambda held: held[row][None].repeat(copies, 0), rows.cache)
+    positions_BT = jnp.broadcast_to(start + jnp.arange(T), (copies, T))
+    real_BT = jnp.broadcast_to(jnp.arange(T) < length, (copies, T)).astype(jnp.int32)
+    tokens_BT = jnp.broadcast_to(tokens_T, (copies, T))
+    hidden, changed = module.apply(
+        {"params": params, cache.CACHE: of_row}, tokens_BT, positions_BT, real_BT, places_of(rows),
+        mutable=[cache.CACHE],
+    )  # fmt: skip
+    last = hidden._replace(x_BTD=jax.lax.dynamic_slice_in_dim(hidden.x_BTD, length - 1, 1, axis=1))
+    logits_1V = transformer.logits(last)[:1, 0]
+    seen_1V = None
+    if rows.seen_BV is not None:
+        before_V = rows.seen_BV[row] & (start > 0)
+        beyond = before_V.shape[0]
+        own_T = jnp.where(jnp.arange(T) < length, tokens_T, beyond)
+        seen_1V = before_V.at[own_T].set(True, mode="drop")[None]
+    end_1 = jnp.full(1, start + length)
+    one = Rows(changed[cache.CACHE], tokens_T[:1], end_1, key[None], seen_1V)
+    one, logprob_1 = _said(decode, logits_1V, one)
+    rows = placed(module, jax.tree.map(lambda held, new: held.at[row].set(new[0]), rows, one))
+    said = Said(one.token_B[:, None], logprob_1[:, None], jnp.ones(1, jnp.int32))
+    return rows, everywhere(module, said)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("module", "decode", "steps"), donate_argnames=("rows",)
+)
+def advance(module, params, decode, rows: Rows, steps: int):
+    """`steps` more tokens of every row."""
+
+    def one(rows: Rows, _):
+        logits_BV, rows = step(module, params, rows)
+        rows, logprob_B = _said(decode, logits_BV, rows)
+        return rows, (rows.token_B, logprob_B)
+
+    rows, (tokens_XB, logprobs_XB) = jax.lax.scan(one, rows, length=steps)
+    rows = placed(module, rows)
+    said = Said(tokens_XB.T, logprobs_XB.T, jnp.full(len(rows.token_B), steps))
+    return rows, everywhere(module, said)
+
+
+def placed(module, rows: Rows) -> Rows:
+    """As `Engine.rows` places them."""
+    kept = jax.tree.map(module.layout.keep, rows.cache)
+    rest = jax.lax.with_sharding_constraint(rows[1:], module.layout.replicated)
+    return Rows(kept, *rest)
+
+
+def everywhere(module, said: Said) -> Said:
+    """For every host to read."""
+    return jax.lax.with_sharding_constraint(said, module.layout.replicated)
+
+
+@functools.partial(jax.jit, donate_argnames=("held",))
+def copy(held, source, to):
+    return jax.tree.map(lambda x: x.at[to].set(x[source]), held)
+
+
+def step(module, params, rows: Rows) -> tuple[jax.Array, Rows]:
+    """Logits of the next token of every row; the last one is in the cache, and the position its."""
+    real_B = (rows.position_B >= 0).astype(jnp.int32)
+    hidden, changed = module.apply(
+        {"params": params, cache.CACHE: rows.cache}, rows.token_B[:, None],
+        rows.position_B[:, None], real_B[:, None], places_of(rows), mutable=[cache.CACHE],
+    )  # fmt: skip
+    logits_BV = transformer.logits(hidden)[:, 0]
+    return logits_BV, rows._replace(cache=changed[cache.CACHE], position_B=rows.position_B + real_B)
+
+
+def _said(decode, logits_BV, rows: Rows) -> tuple[Rows, jax.Array]:
+    """Rows with the tokens chosen for their positions, and how likely each was."""
+    own_BV, seen_BV = logits_BV, rows.seen_BV
+    if seen_BV is not None:
+        logits_BV = sample.penalised(logits_BV, seen_BV, decode.repetition_penalty)
+    token_B = sample.choose(logits_BV, keys_at(rows.key_B, rows.position_B), decode)
+    chosen_B = jnp.take_along_axis(own_BV, token_B[:, None], axis=-1)[:, 0]
+    if seen_BV is not None:
+        seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
+    logprob_B = chosen_B - jax.nn.logsumexp(own_BV, axis=-1)
+    return rows._replace(token_B=token_B, seen_BV=seen_BV), logprob_B
+
+
+def keys_at(keys, positions):
+    """The key of each position, of the text's own [positions' shape]."""
+    fold = jax.random.fold_in
+    for _ in positions.shape:
+        fold = jax.vmap(fold)
+    return fold(jnp.broadcast_to(keys, positions.shape), positions)

@@ -1,0 +1,59 @@
+"""Which token comes next: one drawn from the network's distribution, or from a part of it."""
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax import config
+
+NEVER = -jnp.inf
+
+
+def choose(logits_BV: jax.Array, keys_B: jax.Array, decode: config.Decode) -> jax.Array:
+    """Token ids [B]: the likeliest at temperature 0, else drawn, each row with its own key."""
+    if not decode.temperature:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    drawn_B = jax.vmap(jax.random.categorical)(keys_B, narrowed(logits_BV, decode))
+    return drawn_B.astype(jnp.int32)
+
+
+def narrowed(logits_BV: jax.Array, decode: config.Decode) -> jax.Array:
+    """float32 logits of what is drawn from, at the temperature; -inf of what never is. [..., V]"""
+    logits_BV = logits_BV.astype(jnp.float32) / decode.temperature
+    for name, narrow in FILTERS.items():
+        if (setting := getattr(decode, name)) != getattr(_ALL, name):
+            logits_BV = jnp.where(narrow(logits_BV, setting), logits_BV, NEVER)
+    return logits_BV
+
+
+def top_k(logits_BV, k: int):
+    """The k likeliest (arXiv:1805.04833 section 5.4), and what is as likely as the last of them."""
+    k = min(k, logits_BV.shape[-1])
+    return logits_BV >= jax.lax.top_k(logits_BV, k)[0][..., -1:]
+
+
+def top_p(logits_BV, p: float):
+    """The fewest, likeliest first, that have probability p together (arXiv:1904.09751 section 3.1)."""
+    order_BV = jnp.argsort(logits_BV, axis=-1, descending=True)
+    sorted_BV = jnp.take_along_axis(jax.nn.softmax(logits_BV, axis=-1), order_BV, axis=-1)
+    before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV
+    place_BV = jnp.argsort(order_BV, axis=-1)
+    return jnp.take_along_axis(before_BV < p, place_BV, axis=-1)
+
+
+def min_p(logits_BV, p: float):
+    """Those of at least p times the highest probability (arXiv:2407.01082 section 3)."""
+    return logits_BV >= jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(p)
+
+
+def penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Array:
+    """Logits of tokens that were seen moved away from being chosen (CTRL, arXiv:1909.05858 section 4.1).
+
+    Divided by the penalty, or multiplied where they are negative.
+    """
+    less_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+    return jnp.where(seen_BV, less_BV, logits_BV)
+
+
+# In this order, each of what the one before left, as Hugging Face has them.
+FILTERS = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+_ALL = config.Decode()
