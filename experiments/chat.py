@@ -31,7 +31,7 @@ class Chat:
         self.form = form_of(loaded)
         self.messages: list[Message] = []
         decode = loaded.engine.decode
-        self.decoder = Decoder(loaded.engine, loaded.tokenizer, loaded.ends, 1, loaded.context)
+        self.length = 0  # that the decoder has room for
         if decode.max_new_tokens >= loaded.context:
             raise ValueError(
                 f"decode.max_new_tokens={decode.max_new_tokens} leaves no room for a question in "
@@ -122,6 +122,7 @@ class Chat:
         decode, loaded = self.loaded.engine.decode, self.loaded
         tokens = self.fitted()
         request = Request(tokens, decode.max_new_tokens, decode.seed, (len(self.messages), 0))
+        self.grow(len(tokens) + decode.max_new_tokens)
         with loop.Interrupt() as interrupt:
             listen = lambda _, text: say(text)  # noqa: E731
             stopped = lambda: bool(interrupt.signal)  # noqa: E731
@@ -136,6 +137,13 @@ class Chat:
         if result.end == "length":
             note(f"(cut after decode.max_new_tokens={decode.max_new_tokens})")
         return tools.parse(message) if self.form == "llama3" else ()
+
+    def grow(self, length: int) -> None:
+        """Room for twice as long a conversation where there is too little; the whole context may be large."""
+        if length > self.length:
+            self.length = min(2 * length, self.loaded.context)
+            rows = (self.loaded.tokenizer, self.loaded.ends, 1, self.length)
+            self.decoder = Decoder(self.loaded.engine, *rows)
 
     def fitted(self) -> list[int]:
         """The conversation as tokens, without its beginning if it is too long."""

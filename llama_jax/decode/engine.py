@@ -81,7 +81,10 @@ class Engine:
         `start` of them are in its cache already. No chunk goes across `pause`: what is kept up to there
         has the same bits whatever follows.
         """
-        said = None
+        said, seen_V = None, None
+        if rows.seen_BV is not None:
+            seen_V = np.zeros(rows.seen_BV.shape[1], bool)
+            seen_V[tokens] = True
         while start < len(tokens):
             stop = pause if start < pause else len(tokens)
             part = tokens[start : min(start + CHUNKS[-1], stop)]
@@ -89,7 +92,8 @@ class Engine:
             filled = np.zeros(size, np.int32)
             filled[: len(part)] = part
             rows, said = begin(
-                self.module, self.params, self.decode, rows, filled, start, len(part), row, key
+                *(self.module, self.params, self.decode, rows),
+                *(filled, start, len(part), row, key, seen_V),
             )
             start += len(part)
         return rows, said
@@ -123,8 +127,11 @@ def places_of(rows: Rows) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("module", "decode"), donate_argnames=("rows",))
-def begin(module, params, decode, rows: Rows, tokens_T, start, length, row, key):
-    """The tokens `start` to `start + length` of a row's prompt, and what it says after them."""
+def begin(module, params, decode, rows: Rows, tokens_T, start, length, row, key, seen_V):
+    """The tokens `start` to `start + length` of a row's prompt, and what it says after them.
+
+    seen_V: those of the whole prompt, for a repetition penalty.
+    """
     T, copies = tokens_T.shape[0], module.layout.row_parts
     of_row = jax.tree.map(lambda held: held[row][None].repeat(copies, 0), rows.cache)
     positions_BT = jnp.broadcast_to(start + jnp.arange(T), (copies, T))
@@ -136,12 +143,7 @@ def begin(module, params, decode, rows: Rows, tokens_T, start, length, row, key)
     )  # fmt: skip
     last = hidden._replace(x_BTD=jax.lax.dynamic_slice_in_dim(hidden.x_BTD, length - 1, 1, axis=1))
     logits_1V = transformer.logits(last)[:1, 0]
-    seen_1V = None
-    if rows.seen_BV is not None:
-        before_V = rows.seen_BV[row] & (start > 0)
-        beyond = before_V.shape[0]
-        own_T = jnp.where(jnp.arange(T) < length, tokens_T, beyond)
-        seen_1V = before_V.at[own_T].set(True, mode="drop")[None]
+    seen_1V = None if seen_V is None else seen_V[None]
     end_1 = jnp.full(1, start + length)
     one = Rows(changed[cache.CACHE], tokens_T[:1], end_1, key[None], seen_1V)
     one, logprob_1 = _said(decode, logits_1V, one)

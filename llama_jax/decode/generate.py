@@ -81,6 +81,8 @@ class Decoder:
 
         listen(number, text): more of a text is there. stopped(): whether to end all texts as they are.
         """
+        if not requests:
+            return
         waiting = deque(enumerate(requests))
         shared = self._shared(requests)
         texts: list[_Row | None] = [None] * len(self.held)

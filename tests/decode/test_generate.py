@@ -132,9 +132,17 @@ def test_stopped_it_gives_what_there_is(model, layout):
 def test_a_repetition_penalty_sees_prompt_and_text(model, layout):
     """So large that no token comes twice."""
     decode = config.Decode(repetition_penalty=1e6)
-    for result in dict(decoder(model, layout, decode).run(requests(new=40))).values():
-        assert len(set(result.tokens)) == 40
-        assert not set(result.tokens) & set(PROMPTS[0]) or result.tokens
+    shared = b"a beginning that they share, "
+    asked = requests([shared + text for text in (b"one", b"two", b"three", b"four")], new=40)
+    made = dict(decoder(model, layout, decode, rows=2).run(asked))
+    for number, result in made.items():
+        assert len({*result.tokens, *asked[number].tokens}) == 40 + len(set(asked[number].tokens))
+    alone = dict(decoder(model, layout, decode, rows=1).run(asked[3:]))
+    assert alone[0].tokens == made[3].tokens
+
+
+def test_nothing_asked_is_nothing_said(model, layout):
+    assert list(decoder(model, layout).run([])) == []
 
 
 @pytest.mark.parametrize("cache", ["bfloat16", "int8"])

@@ -206,7 +206,8 @@ def llama3(tmp_path_factory):
 
 def talk(monkeypatch, tmp_path, tokenizer, typed, answers, context=2000, system=""):
     """The chat, after these lines were typed."""
-    monkeypatch.setattr(chat, "Decoder", lambda *_: Scripted(answers))
+    scripted = Scripted(answers)
+    monkeypatch.setattr(chat, "Decoder", lambda *_: scripted)
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     engine = SimpleNamespace(decode=config.Decode(max_new_tokens=50))
     one = chat.Chat(Loaded(engine, tokenizer, context, frozenset(), tmp_path), system)
