@@ -115,8 +115,8 @@ def run_all(study, found, chosen, prepared, rows, workdir, interrupt, view) -> t
                 machines[cell.name] = session.Machine(cell.run)
             run = grid.seeded(cell.run, seed)
             machine = machines[cell.name]
-            result, seconds = train(run, folder, machine, prepared, interrupt, view)
-            trained += seconds
+            result = train(run, folder, machine, prepared, interrupt, view)
+            trained += result.seconds_here
             if not result.interrupted:
                 finish(study, cell, seed, machine, folder, prepared, rows, result)
         except FAILURES as error:
@@ -135,14 +135,12 @@ def run_all(study, found, chosen, prepared, rows, workdir, interrupt, view) -> t
     return trained, failed
 
 
-def train(run, folder, machine, prepared, interrupt, view) -> tuple[session.Result, float]:
-    """The run to its end or an interruption; and its seconds in training steps in this session."""
+def train(run, folder, machine, prepared, interrupt, view) -> session.Result:
+    """The run to its end, or an interruption."""
     hosts.together(lambda: session.claim(folder, run))
     if hosts.first():
         (folder / record.FAILED).unlink(missing_ok=True)
-    before = time.perf_counter()
-    result = session.train(run, folder, machine, prepared, interrupt, view.console)
-    return result, min(result.seconds, time.perf_counter() - before)
+    return session.train(run, folder, machine, prepared, interrupt, view.console)
 
 
 def finish(study, cell, seed, machine, folder, prepared, rows, result) -> None:

@@ -60,9 +60,9 @@ def run(loaded, source: Path, target: Path) -> int:
 def read(source: Path) -> list[dict]:
     """ValueError names the line that is not one."""
     lines = []
-    for number, text in enumerate(source.read_text().splitlines(), 1):
-        if not text.strip():
-            continue
+    if not source.read_text().strip():
+        raise ValueError(f"--input={source} is empty")
+    for number, text in enumerate(source.read_text().rstrip().split("\n"), 1):
         try:
             line = json.loads(text)
         except json.JSONDecodeError as error:
@@ -70,8 +70,6 @@ def read(source: Path) -> list[dict]:
         if not isinstance(line, dict) or ("prompt" in line) == ("messages" in line):
             raise ValueError(f'{source}, line {number}: it must have "prompt" or "messages"')
         lines.append(line)
-    if not lines:
-        raise ValueError(f"--input={source} is empty")
     return lines
 
 

@@ -122,6 +122,7 @@ class Result(NamedTuple):
     rows: list[metrics.Row]  # of metrics.jsonl
     results: dict[str, float]  # of the last evaluation
     seconds: float  # of training
+    seconds_here: float  # of these, in this session
     rates: loop.Rates
     first: int  # step, of this session
     interrupted: str = ""  # by the signal of that name, before the last step
@@ -178,7 +179,8 @@ def train(
         console.close()
     rows = metrics.read(workdir / "metrics.jsonl") if hosts.first() else []
     if done < run.train.steps:
-        return Result(state, rows, {}, recorder.seconds, rates, first, interrupt.signal)
+        spent = (recorder.seconds, recorder.seconds - seconds)
+        return Result(state, rows, {}, *spent, rates, first, interrupt.signal)
     last = rows[-1] if rows else {}
     if hosts.first_says("validation_loss" not in last):
         # Whatever cut the last evaluation short, the results are wanted now.
@@ -186,7 +188,8 @@ def train(
         last |= evaluate(state.params)
         interrupt.signal = interrupt.signal or signal
     results = {name: last[name] for name in RESULTS if name in last}
-    return Result(state, rows, results, recorder.seconds, rates, first)
+    spent = (recorder.seconds, recorder.seconds - seconds)
+    return Result(state, rows, results, *spent, rates, first)
 
 
 RESULTS = ("validation_loss", "validation_bits_per_byte")
