@@ -11,6 +11,8 @@ import time
 
 import numpy as np
 
+from llama_jax import config
+
 PROMPT, NEW, V, THREADS = 64, 128, 32_000, 2
 ROUNDS = 3
 
@@ -19,16 +21,17 @@ def prompts(batch: int) -> list[list[int]]:
     return np.random.default_rng(0).integers(3, V, (batch, PROMPT)).tolist()
 
 
-def ours(batch: int, change: dict):
+def ours(batch: int, change: dict, weights: str = "float32"):
     from experiments import cli
 
     cli.tune_for_cpu()
     import jax
 
-    from llama_jax import config, sharding
+    from llama_jax import sharding
     from llama_jax.decode.engine import Engine
     from llama_jax.decode.generate import Decoder, Request
     from llama_jax.model import transformer
+    from llama_jax.quant.network import quantise
 
     model = config.Model(
         vocab_size=V, dim=512, layers=8, heads=8, kv_heads=4, head_dim=64, ffn_dim=1408,
@@ -36,6 +39,8 @@ def ours(batch: int, change: dict):
     )  # fmt: skip
     module = transformer.build(model, sharding.make(config.Mesh(), jax.devices()))
     params = jax.jit(transformer.init, static_argnums=0)(module, jax.random.key(0))
+    if weights != "float32":
+        params = quantise(module, params, QUANT[weights])
     engine = Engine(module, params, config.Decode(**change))
     decoder = Decoder(engine, _Letters(), (), batch, PROMPT + NEW)
 
@@ -94,6 +99,11 @@ def transformers(batch: int, change: dict):
     return run
 
 
+QUANT = {
+    "int8": config.Quant(),
+    "int8 x int16": config.Quant(activations="int16"),
+    "int4": config.Quant(bits=4, method="nearest"),
+}
 SIDES = {"ours": ours, "transformers": transformers}
 
 
@@ -117,9 +127,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("side", choices=SIDES)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--weights", choices=["float32", *QUANT], default="float32", help="ours")
     parser.add_argument("--change", type=json.loads, default={}, help="of config.Decode, as JSON")
     options = parser.parse_args()
-    run = SIDES[options.side](options.batch, options.change)
+    own = {"weights": options.weights} if options.side == "ours" else {}
+    run = SIDES[options.side](options.batch, options.change, **own)
     run(NEW)
     found = [run(NEW) for _ in range(ROUNDS)]
     print(

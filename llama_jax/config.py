@@ -395,6 +395,36 @@ class Decode:
 
 
 @dataclasses.dataclass(frozen=True)
+class Quant:
+    """How weights are made smaller. Not part of a run: it is done to what a run has made."""
+
+    bits: int = 8  # of the matrices in layers: 8, one scale a channel, or 4
+    group: int = 32  # of 4 bits: values that share a scale, or the nearest number that divides them
+    method: str = "gptq"  # of 4 bits: "gptq" reads a text, "nearest" does not
+    rows: int = 128  # of that text, as long as the network's context but at most row_tokens
+    row_tokens: int = 2048
+    # Of 8 bits: "int16" rounds what they are multiplied with, too. Fast where products of int8 are: on CPUs.
+    activations: str = "compute"
+
+    def __post_init__(self):
+        _positive(self, "quant", "group", "rows", "row_tokens")
+        if self.bits not in (8, 4):
+            raise ValueError(f"quant.bits={self.bits} must be 8 or 4")
+        choose(("gptq", "nearest"), self.method, "quant.method")
+        choose(("compute", "int16"), self.activations, "quant.activations")
+        if self.bits == 8:
+            _idle(self, "quant", ("group", "method", "rows", "row_tokens"), "quant.bits=8")
+        else:
+            _idle(self, "quant", ("activations",), "quant.bits=4")
+            if self.method == "nearest":
+                _idle(self, "quant", ("rows", "row_tokens"), "quant.method='nearest'")
+
+    @property
+    def reads_text(self) -> bool:
+        return self.bits == 4 and self.method == "gptq"
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """Everything that determines a run."""
 

@@ -6,6 +6,9 @@ its devices hold), the tokenizer's file, and `huggingface/` when small files cam
 """
 
 import functools
+import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,11 @@ from llama_jax.convert import json_file, names
 from llama_jax.convert.names import Unit
 from llama_jax.convert.source import Source, Tokenizer, tokenizer_of
 from llama_jax.model import transformer
+from llama_jax.model.quantised import Quantised, spread
 from llama_jax.model.transformer import Transformer
 
 MODEL, PARAMS, TOKENIZER, CARRIED = "model.json", "params", "tokenizer.model", "huggingface"
+QUANT = "quant"  # of model.json
 _TOKENIZERS = ("byte", "sp", "bpe", "none")
 
 
@@ -52,35 +57,99 @@ def settings(folder: Path) -> tuple[config.Model, int, Tokenizer | None]:
 
 
 def load(folder: Path, module: Transformer) -> Any:
-    """The parameters, float32, in the shardings of `module.layout`: a host reads what its devices hold."""
+    """The parameters, float32 or quantised, in the shardings of `module.layout`.
+
+    A host reads what its devices hold.
+    """
     arrays = _arrays(folder)
-    shapes, letters = transformer.abstract(module), transformer.letters(module)
-    differing = [
-        f"{name}: {arrays[name].shape if name in arrays else 'absent'} -> {leaf.shape}"
-        for name, leaf in tree.paths(shapes).items()
-        if name not in arrays or arrays[name].shape != leaf.shape
-    ]
-    if differing:
-        raise ValueError(f"{folder} does not hold the parameters of its settings: {differing[0]}")
-    labels = tree.paths(letters)
-    loaded = {
-        name: _loaded(arrays[name], leaf, module.layout.param(labels[name]), folder)
-        for name, leaf in tree.paths(shapes).items()
-    }
+    said = quantised(folder)
+    letters = tree.paths(transformer.letters(module))
+
+    def one(name: str, shape: tuple[int, ...], dtype=None):
+        if name not in arrays or arrays[name].shape != shape:
+            found = arrays[name].shape if name in arrays else "absent"
+            raise ValueError(
+                f"{folder} does not hold the parameters of its settings: {name}: {found} -> {shape}"
+            )
+        return name, shape, dtype or arrays[name].dtype.numpy_dtype
+
+    wanted = {}
+    for name, leaf in tree.paths(transformer.abstract(module)).items():
+        values, scale = f"{name}/values", f"{name}/scale"
+        if said and values in arrays and scale in arrays:
+            wanted[name] = (
+                one(values, leaf.shape),
+                one(scale, _blocks(arrays[scale], leaf, folder)),
+            )
+        else:
+            wanted[name] = (one(name, leaf.shape, leaf.dtype),)
+
+    def read(name: str, shape: tuple[int, ...], dtype, letters: str):
+        letters = spread(letters, shape)
+        module.layout.check(shape, letters, name)
+        return _loaded(arrays[name], shape, dtype, module.layout.param(letters), folder)
+
+    loaded = {}
+    for name, parts in wanted.items():
+        made = [read(*part, letters[name]) for part in parts]
+        loaded[name] = made[0] if len(made) == 1 else Quantised(*made, said.activations)
     return tree.nest(loaded)
 
 
+def _blocks(scale: ts.TensorStore, leaf, folder: Path) -> tuple[int, ...]:
+    """The shape of the scales of a matrix. ValueError if they do not cut it into equal blocks."""
+    shape = tuple(scale.shape)
+    if len(shape) != len(leaf.shape) or any(
+        n == 0 or size % n for size, n in zip(leaf.shape, shape, strict=True)
+    ):
+        raise ValueError(f"{folder}: scales of shape {list(shape)} do not fit {list(leaf.shape)}")
+    return shape
+
+
+def quantised(folder: Path) -> config.Quant | None:
+    """How the weights of a folder were made smaller; None if they are as they were trained."""
+    if not (folder / MODEL).is_file():
+        return None
+    said = json_file.read(folder / MODEL).get(QUANT)
+    return None if said is None else config.from_dict(said, config.Quant, QUANT)
+
+
+def save_quantised(
+    folder: Path, origin: Path, params: Any, quant: config.Quant, model: config.Model, context: int
+) -> None:
+    """A new folder with the network of `origin` in smaller weights. It is there when it is complete."""
+    _, _, tokenizer = settings(origin)
+    stage = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((stage / PARAMS).absolute(), tree.nest(tree.paths(params)))
+    said = {
+        "model": config.to_dict(model),
+        "context": context,
+        "tokenizer": tokenizer.kind if tokenizer else "none",
+        QUANT: config.to_dict(quant),
+        "from": {"format": "native", "files": [origin.name]},
+    }
+    (stage / MODEL).write_text(json.dumps(said, indent=2) + "\n")
+    if tokenizer and tokenizer.content:
+        (stage / TOKENIZER).write_bytes(tokenizer.content)
+    if folder.exists():
+        folder.rmdir()
+    os.replace(stage, folder)
+
+
 def _loaded(
-    array: ts.TensorStore, leaf, sharding: jax.sharding.Sharding, folder: Path
+    array: ts.TensorStore, shape, dtype, sharding: jax.sharding.Sharding, folder: Path
 ) -> jax.Array:
     """One array, each part read for the device that holds it.
 
     By TensorStore, not by Orbax: its restore ends at a missing chunk in 200 lines of coroutines.
     """
-    cast = ts.cast(array, leaf.dtype)
+    cast = ts.cast(array, dtype)
     try:
         return jax.make_array_from_callback(
-            leaf.shape, sharding, lambda index: cast[index].read().result()
+            shape, sharding, lambda index: cast[index].read().result()
         )
     except ValueError as error:
         raise ValueError(f"{folder} is damaged ({_line(error)})") from error
@@ -88,6 +157,11 @@ def _loaded(
 
 def open_folder(folder: Path, tokenizer: Tokenizer | None) -> Source:
     model, context, own = settings(folder)
+    if (said := quantised(folder)) is not None:
+        raise ValueError(
+            f"{folder} holds weights of {said.bits} bits, which no other format here has; convert the "
+            "folder that they were made from"
+        )
     arrays = _arrays(folder)
     depths = {array.shape[:1] for path, array in arrays.items() if path.startswith("groups/")}
     if depths != {(model.groups,)}:

@@ -7,7 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax import config
 from llama_jax.model import cache
-from llama_jax.model.init import initial, param
+from llama_jax.model.init import param
 from llama_jax.model.kernels import KERNELS, Scores
 from llama_jax.model.linear import linear
 from llama_jax.model.norm import NORMS
@@ -22,11 +22,9 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, where: Where, segments_BT):
         config, act = self.config, self.layout.act
-        product = functools.partial(linear, layout=self.layout)
-        inner = initial(config, "inner")
-        q_BNTH = act(product("BTD,DNH->BNTH", x_BTD, param(self, "q", "DNH", inner)), "BNTH")
-        k_BKTH = act(product("BTD,DKH->BKTH", x_BTD, param(self, "k", "DKH", inner)), "BKTH")
-        v_BKTH = act(product("BTD,DKH->BKTH", x_BTD, param(self, "v", "DKH", inner)), "BKTH")
+        q_BNTH = act(linear(self, "q", "BTD,DNH->BNTH", x_BTD, "inner"), "BNTH")
+        k_BKTH = act(linear(self, "k", "BTD,DKH->BKTH", x_BTD, "inner"), "BKTH")
+        v_BKTH = act(linear(self, "v", "BTD,DKH->BKTH", x_BTD, "inner"), "BKTH")
         if config.bias in ("qkv", "all"):
             zeros = nn.initializers.zeros
             q_BNTH += param(self, "q_bias", "NH", zeros)[:, None]
@@ -44,8 +42,7 @@ class Attention(nn.Module):
         else:
             out_BNTH = cache.attend(self, *qkv, where.positions_BT, segments_BT, scores)
         out_BNTH = act(out_BNTH, "BNTH")
-        w_NHD = param(self, "o", "NHD", initial(config, "residual"))
-        out_BTD = product("BNTH,NHD->BTD", out_BNTH, w_NHD)
+        out_BTD = linear(self, "o", "BNTH,NHD->BTD", out_BNTH, "residual")
         if config.bias == "all":
             out_BTD += param(self, "o_bias", "D", nn.initializers.zeros)
         return out_BTD

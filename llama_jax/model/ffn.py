@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax import config
-from llama_jax.model.init import initial, param
+from llama_jax.model.init import param
 from llama_jax.model.linear import linear
 from llama_jax.sharding import Layout
 
@@ -61,8 +61,7 @@ class Plain(nn.Module):
 
 def _widen(module, x_BTD, *names):
     def product(name):
-        w_DF = param(module, name, "DF", initial(module.config, "inner"))
-        x_BTF = linear("BTD,DF->BTF", x_BTD, w_DF, module.layout)
+        x_BTF = linear(module, name, "BTD,DF->BTF", x_BTD, "inner")
         if module.config.bias == "all":
             x_BTF += param(module, f"{name}_bias", "F", nn.initializers.zeros)
         return x_BTF
@@ -73,8 +72,7 @@ def _widen(module, x_BTD, *names):
 
 
 def _narrow(module, hidden_BTF):
-    w_FD = param(module, "down", "FD", initial(module.config, "residual"))
-    out_BTD = linear("BTF,FD->BTD", hidden_BTF, w_FD, module.layout)
+    out_BTD = linear(module, "down", "BTF,FD->BTD", hidden_BTF, "residual")
     if module.config.bias == "all":
         out_BTD += param(module, "down_bias", "D", nn.initializers.zeros)
     return out_BTD

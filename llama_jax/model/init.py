@@ -13,10 +13,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax import config, dims
+from llama_jax.model.quantised import Quantised, spread
 
 
-def param(module: nn.Module, name: str, letters: str, initialise) -> jax.Array:
+def param(module: nn.Module, name: str, letters: str, initialise) -> jax.Array | Quantised:
     """A float32 parameter of shape `letters`, cast to the compute dtype of `module.config` and gathered.
+
+    Where quant/ has put whole numbers in its place, those.
 
     Its initial value depends on the seed, its path and its shape alone: networks that differ elsewhere
     begin with the same numbers. The backward pass gathers it again: remat never saves "gathered".
@@ -32,6 +35,9 @@ def param(module: nn.Module, name: str, letters: str, initialise) -> jax.Array:
 
     labelled = nn.with_logical_partitioning(by_name, tuple(letters))
     w = module.param(name, labelled, shape, jnp.float32)
+    if isinstance(w, Quantised):
+        gather = module.layout.gather
+        return jax.tree.map(lambda x: gather(x, spread(letters, x.shape), x.dtype), w)
     gathered = module.layout.gather(w, letters, module.config.compute_dtype)
     return checkpoint_name(gathered, "gathered")
 

@@ -1,19 +1,34 @@
-"""A linear layer's product: an einsum whose gradient is cheap on every backend."""
+"""A linear layer: its matrix, and an einsum whose gradient is cheap on every backend."""
 
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.sharding import Layout
+from llama_jax.model.init import initial, param
+from llama_jax.model.quantised import Quantised, product
+
+INPUTS = "inputs"  # the collection that takes what goes into each matrix, when it is asked for
 
 
-def linear(letters: str, x: jax.Array, w: jax.Array, layout: Layout) -> jax.Array:
-    """`einsum(letters, x, w)` where w begins or ends with the contracted letters: "BNTH,NHD->BTD"."""
-    product = _on_one_device if layout.mesh.size == 1 else _across_devices
-    return checkpoint_name(product(letters, x, w, layout), "linear")
+def linear(module: nn.Module, name: str, letters: str, x: jax.Array, role: str) -> jax.Array:
+    """`einsum(letters, x, w)`, w the parameter `name`, which begins or ends with the contracted letters.
+
+    "BNTH,NHD->BTD". Roles: see `init.initial`.
+    """
+    inputs, weights, _ = letters.replace("->", ",").split(",")
+    w = param(module, name, weights, initial(module.config, role))
+    if module.is_mutable_collection(INPUTS) and not module.is_initializing():
+        contracted = "".join(letter for letter in weights if letter in inputs)
+        module.put_variable(INPUTS, name, jnp.einsum(f"{inputs}->BT{contracted}", x))
+    if isinstance(w, Quantised):
+        return product(letters, x, w)
+    one_device = module.layout.mesh.size == 1
+    product_of = _on_one_device if one_device else _across_devices
+    return checkpoint_name(product_of(letters, x, w, module.layout), "linear")
 
 
 def _on_one_device(letters, x, w, layout):

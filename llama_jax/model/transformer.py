@@ -19,6 +19,7 @@ from llama_jax.model.ffn import FFNS
 from llama_jax.model.init import INITS, initial, mup_ratio, param
 from llama_jax.model.norm import NORMS
 from llama_jax.model.position import POSITIONS, Where
+from llama_jax.model.quantised import Quantised, look_up, product
 from llama_jax.sharding import Layout
 
 
@@ -61,11 +62,13 @@ class Hidden(NamedTuple):
     """
 
     x_BTD: jax.Array
-    w_DV: jax.Array
+    w_DV: jax.Array | Quantised
 
 
 def logits(hidden: Hidden) -> jax.Array:
     """float32 [B, T, V]."""
+    if isinstance(hidden.w_DV, Quantised):
+        return product("BTD,DV->BTV", *hidden, jnp.float32)
     return jnp.einsum("BTD,DV->BTV", hidden.x_BTD, hidden.w_DV, preferred_element_type=jnp.float32)
 
 
@@ -99,7 +102,7 @@ class Transformer(nn.Module):
         norm = functools.partial(NORMS[config.norm], config, self.layout)
         placement = PLACEMENTS[config.placement]
         w_VD = param(self, "embed", "VD", initial(config, "table"))
-        x_BTD = act(w_VD[tokens_BT], "BTD")
+        x_BTD = act(look_up(w_VD, tokens_BT, config.compute_dtype), "BTD")
         where = POSITIONS[config.position](self, positions_BT, places or tokens_BT.shape[1])
         if places:
             where = where._replace(positions_BT=positions_BT)
@@ -118,7 +121,7 @@ class Transformer(nn.Module):
         if config.init == "mup":
             x_BTD = x_BTD / mup_ratio(config)
         if config.output == "tied":
-            return Hidden(x_BTD, jnp.einsum("VD->DV", w_VD))
+            return Hidden(x_BTD, jax.tree.map(lambda x: jnp.einsum("VD->DV", x), w_VD))
         return Hidden(x_BTD, param(self, "output", "DV", initial(config, "output")))
 
     def scanned(self, x_BTD, where: Where, segments_BT):
@@ -178,15 +181,16 @@ def unstacked(module: Transformer) -> Transformer:
 def unstack(module: Transformer, params: Any) -> Any:
     """Parameters a layer group at a time, in the compute dtype. The stacked ones are given up."""
     dtype = module.config.compute_dtype
-    made = {}
-    for name, leaf in tree.paths(params).items():
-        if name.startswith("groups/"):
-            for i in range(leaf.shape[0]):
-                made[name.replace("groups", f"group_{i}", 1)] = leaf[i].astype(dtype)
-            leaf.delete()
-        else:
-            made[name] = leaf.astype(dtype)
-    return tree.nest(made)
+    # What is whole numbers and their scales stays that.
+    cast = lambda leaf: leaf.astype(dtype) if leaf.dtype == jnp.float32 else leaf  # noqa: E731
+    leaves, structure = jax.tree.flatten(params["groups"])
+    groups: list[list[jax.Array]] = [[] for _ in range(module.config.groups)]
+    for leaf in leaves:
+        for i, group in enumerate(groups):
+            group.append(cast(leaf[i]))
+        leaf.delete()
+    made = {name: jax.tree.map(cast, w) for name, w in params.items() if name != "groups"}
+    return made | {f"group_{i}": jax.tree.unflatten(structure, g) for i, g in enumerate(groups)}
 
 
 def letters(module: Transformer) -> Any:

@@ -16,12 +16,12 @@ README = (ROOT / "README.md").read_text()
 SHORT = ["--config.train.steps=3", "--config.optim.warmup_steps=1", "--config.eval.rows=8"]
 
 
-WEIGHTS, TEXTS, PLANS, STUDIES = (
+WEIGHTS, TEXTS, SMALLER, PLANS, STUDIES = (
     README.split(f"\n## {title}\n")[1].split("\n## ")[0]
-    for title in ("Weights", "Generating", "Before a slice starts", "Ablations")
+    for title in ("Weights", "Generating", "Smaller weights", "Before a slice starts", "Ablations")
 )
 OTHERS = README
-for section in (WEIGHTS, TEXTS, PLANS, STUDIES):
+for section in (WEIGHTS, TEXTS, SMALLER, PLANS, STUDIES):
     OTHERS = OTHERS.replace(section, "")
 
 
@@ -174,6 +174,18 @@ def test_generating_is_as_the_readme_says(tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
     assert len((tmp_path / "texts.jsonl").read_text().splitlines()) == 2
+
+
+def test_weights_become_smaller_as_the_readme_says(tmp_path):
+    trained = helpers.run("train", *helpers.arguments(tmp_path, "--config.train.steps=3"))
+    assert trained.returncode == 0, trained.stderr
+    for _, module, *flags in commands(SMALLER):
+        places = {"=runs/tiny": f"={tmp_path}/run", "=/tmp/": f"={tmp_path}/"}
+        flags = [re.sub("=runs/tiny|=/tmp/", lambda found: places[found[0]], f) for f in flags]  # noqa: B023
+        flags += ["--config.decode.max_new_tokens=8"] if module.endswith("generate") else []
+        done = helpers.run(module.removeprefix("experiments."), *flags)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("import os")
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "LOG.md"])

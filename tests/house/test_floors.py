@@ -12,7 +12,7 @@ FLOORS = [
     {"config", "dims", "files", "tree"},
     {"sharding", "tokenizer"},
     {"model", "data"},
-    {"train", "decode", "convert"},
+    {"train", "decode", "convert", "quant"},
     {"analysis", "eval"},
     {"plan", "study"},
 ]

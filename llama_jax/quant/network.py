@@ -1,0 +1,116 @@
+"""A network to smaller weights: one pass over its parameters, layer after layer."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax import config, dims, tree
+from llama_jax.model import transformer
+from llama_jax.model.linear import INPUTS
+from llama_jax.model.quantised import Quantised
+from llama_jax.model.transformer import Group, Transformer
+from llama_jax.quant import rounding
+from llama_jax.quant.gptq import gptq
+
+
+def quantise(
+    module: Transformer,
+    params: Any,
+    quant: config.Quant,
+    batches: Sequence[np.ndarray] = (),
+    progress: Callable[[], object] = lambda: None,
+) -> Any:
+    """Parameters (stacked, as `transformer.init` gives them) with every matrix quantised.
+
+    Matrices of layers have `quant.bits`, the embedding and the output matrix 8. batches: tokens [B, T], all
+    of one shape, whose inputs to each matrix "gptq" reads; those of later layers come out of quantised
+    earlier ones (arXiv:2210.17323 section 4, setup). progress() after each group of layers.
+    """
+    letters = tree.paths(transformer.letters(module))
+    outer = {
+        name: _nearest(w, letters[name], 8, 0, quant.activations) if _counts(letters[name]) else w
+        for name, w in tree.paths({k: v for k, v in params.items() if k != "groups"}).items()
+    }
+    single = transformer.unstacked(module)
+    states = [_enter(single, tree.nest(outer), jnp.asarray(tokens_BT)) for tokens_BT in batches]
+    group = Group(module.config, module.layout)
+    done = []
+    for i in range(module.config.groups):
+        own = jax.tree.map(lambda w: w[i], params["groups"])  # noqa: B023
+        hessians: dict[str, jax.Array] = {}
+        for x_BTD, where in states:
+            found = _hessians(group, own, x_BTD, where)
+            hessians = {name: hessians.get(name, 0.0) + h for name, h in found.items()}
+        made = {
+            name: _matrix(w, letters[f"groups/{name}"][1:], quant, hessians.get(name))
+            for name, w in tree.paths(own).items()
+        }
+        states = [(_go_on(group, tree.nest(made), x, where), where) for x, where in states]
+        done.append(jax.block_until_ready(made))
+        progress()
+    stacked = {
+        f"groups/{name}": jax.tree.map(
+            lambda *parts: jnp.stack(parts), *(one[name] for one in done)
+        )
+        for name in done[0]
+    }
+    return tree.nest({**outer, **stacked})
+
+
+def _counts(letters: str) -> bool:
+    """Whether a parameter is one whose size counts: a table of positions is small."""
+    return dims.is_matrix(letters) and "R" not in letters
+
+
+def _matrix(w, letters: str, quant: config.Quant, hessian):
+    if not _counts(letters):
+        return w
+    group = quant.group if quant.bits == 4 else 0
+    if hessian is None:
+        return _nearest(w, letters, quant.bits, group, quant.activations)
+    return gptq(w, hessian, rounding.grid(letters, w.shape, group), quant.bits)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _nearest(w, letters: str, bits: int, group: int, activations: str = "compute") -> Quantised:
+    made = rounding.nearest(w, rounding.grid(letters, w.shape, group), bits)
+    return Quantised(made.values, made.scale, activations)
+
+
+@functools.partial(jax.jit, static_argnames="module")
+def _enter(module: Transformer, outer, tokens_BT):
+    """What the first group of layers is given."""
+    given = []
+
+    def watch(call, args, kwargs, context):
+        if isinstance(context.module, Group) and context.method_name == "__call__":
+            given.append(args[:2])
+            return args[0], None
+        return call(*args, **kwargs)
+
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    with nn.intercept_methods(watch):
+        module.apply({"params": outer}, tokens_BT, positions_BT)
+    return given[0]
+
+
+@functools.partial(jax.jit, static_argnames="group")
+def _hessians(group: Group, params, x_BTD, where) -> dict[str, jax.Array]:
+    """The sum of x x' over all positions, of what goes into each matrix: {its path: [C, C]}."""
+    _, seen = group.apply({"params": params}, x_BTD, where, None, mutable=[INPUTS])
+
+    def sum_of(x):
+        x_XC = x.astype(jnp.float32).reshape(x.shape[0] * x.shape[1], -1)
+        return jnp.einsum("XC,XE->CE", x_XC, x_XC, precision="highest")
+
+    return {name: sum_of(x) for name, x in tree.paths(seen[INPUTS]).items()}
+
+
+@functools.partial(jax.jit, static_argnames="group")
+def _go_on(group: Group, params, x_BTD, where):
+    return group.apply({"params": params}, x_BTD, where, None)[0]
