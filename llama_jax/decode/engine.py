@@ -122,10 +122,6 @@ def places(model: config.Model, length: int) -> int:
     return power * 3 // 4 if length <= power * 3 // 4 else power
 
 
-def places_of(rows: Rows) -> int:
-    return jax.tree.leaves(rows.cache)[0].shape[2]
-
-
 @functools.partial(jax.jit, static_argnames=("module", "decode"), donate_argnames=("rows",))
 def begin(module, params, decode, rows: Rows, tokens_T, start, length, row, key, seen_V):
     """The tokens `start` to `start + length` of a row's prompt, and what it says after them.
@@ -138,8 +134,8 @@ def begin(module, params, decode, rows: Rows, tokens_T, start, length, row, key,
     real_BT = jnp.broadcast_to(jnp.arange(T) < length, (copies, T)).astype(jnp.int32)
     tokens_BT = jnp.broadcast_to(tokens_T, (copies, T))
     hidden, changed = module.apply(
-        {"params": params, cache.CACHE: of_row}, tokens_BT, positions_BT, real_BT, places_of(rows),
-        mutable=[cache.CACHE],
+        {"params": params, cache.CACHE: of_row}, tokens_BT, positions_BT, real_BT,
+        cache.places_of(rows.cache), mutable=[cache.CACHE],
     )  # fmt: skip
     last = hidden._replace(x_BTD=jax.lax.dynamic_slice_in_dim(hidden.x_BTD, length - 1, 1, axis=1))
     logits_1V = transformer.logits(last)[:1, 0]
@@ -163,7 +159,12 @@ def advance(module, params, decode, rows: Rows, steps: int):
         rows, logprob_B = _said(decode, logits_BV, rows)
         return rows, (rows.token_B, logprob_B)
 
+    alone = len(rows.token_B) == 1
+    if alone:
+        rows = rows._replace(cache=cache.without_rows(rows.cache))
     rows, (tokens_XB, logprobs_XB) = jax.lax.scan(one, rows, length=steps)
+    if alone:
+        rows = rows._replace(cache=cache.with_rows(rows.cache))
     rows = placed(module, rows)
     said = Said(tokens_XB.T, logprobs_XB.T, jnp.full(len(rows.token_B), steps))
     return rows, everywhere(module, said)
@@ -191,7 +192,7 @@ def step(module, params, rows: Rows) -> tuple[jax.Array, Rows]:
     real_B = (rows.position_B >= 0).astype(jnp.int32)
     hidden, changed = module.apply(
         {"params": params, cache.CACHE: rows.cache}, rows.token_B[:, None],
-        rows.position_B[:, None], real_B[:, None], places_of(rows), mutable=[cache.CACHE],
+        rows.position_B[:, None], real_B[:, None], cache.places_of(rows.cache), mutable=[cache.CACHE],
     )  # fmt: skip
     logits_BV = transformer.logits(hidden)[:, 0]
     return logits_BV, rows._replace(cache=changed[cache.CACHE], position_B=rows.position_B + real_B)

@@ -82,7 +82,7 @@ def advance(networks, params, decode, rows: Both, proposals: int):
     real_BY = jnp.broadcast_to(real_B[:, None], positions_BY.shape)
     hidden, changed = target.apply(
         {"params": target_params, cache.CACHE: rows.target.cache}, tokens_BY, positions_BY, real_BY,
-        engines.places_of(rows.target), mutable=[cache.CACHE],
+        cache.places_of(rows.target), mutable=[cache.CACHE],
     )  # fmt: skip
     logits_BYV = transformer.logits(hidden)
     keys_BY = engines.keys_at(rows.target.key_B[:, None], positions_BY + 1)

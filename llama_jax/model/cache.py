@@ -11,11 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llama_jax import tree
 from llama_jax.model import kernels
 from llama_jax.model.kernels import Scores
 
 CACHE = "cache"
 FEW = 16  # rows that are written one by one
+# How each part lies: keys as the product with queries reads them, else XLA:CPU turns them at each token.
+LETTERS = {"k": "BKHS", "v": "BKSH", "k_scale": "BKS", "v_scale": "BKS"}
 
 
 def empty(module, rows: int, places: int, kind: str) -> dict[str, Any]:
@@ -25,27 +28,40 @@ def empty(module, rows: int, places: int, kind: str) -> dict[str, Any]:
     """
     model, layout = module.config, module.layout
     heads = layout.key_heads(model.kv_heads)
-    dtype = jnp.dtype(kind)
-    entries = (dtype, (rows, heads, places, model.head_dim), "BKSH")
-    shapes = {"k": entries, "v": entries}
+    size = {"B": rows, "K": heads, "S": places, "H": model.head_dim}
+    dtypes = {"k": jnp.dtype(kind), "v": jnp.dtype(kind)}
     if kind == "int8":
-        scales = (jnp.dtype("float32"), (rows, heads, places), "BKS")
-        shapes |= {"k_scale": scales, "v_scale": scales}
+        dtypes |= {"k_scale": jnp.dtype("float32"), "v_scale": jnp.dtype("float32")}
     layout.check_rows(rows)
+    shape = lambda name: tuple(size[letter] for letter in LETTERS[name])  # noqa: E731
     zeros = lambda: {  # noqa: E731
         f"group_{i}": {
             f"{block}_{j}": {
-                "attention": {name: jnp.zeros(shape, of) for name, (of, shape, _) in shapes.items()}
+                "attention": {name: jnp.zeros(shape(name), dtype) for name, dtype in dtypes.items()}
             }
             for j, block in enumerate(model.pattern)
         }
         for i in range(model.groups)
     }
-    letters = {name: letters for name, (_, _, letters) in shapes.items()}
     shardings = jax.tree_util.tree_map_with_path(
-        lambda path, _: layout.cache(letters[path[-1].key]), jax.eval_shape(zeros)
+        lambda path, _: layout.cache(LETTERS[path[-1].key]), jax.eval_shape(zeros)
     )
     return jax.jit(zeros, out_shardings=shardings)()
+
+
+def places_of(kept: Any) -> int:
+    """S of a cache, with rows or without."""
+    return next(leaf for path, leaf in tree.paths(kept).items() if path.endswith("/k")).shape[-1]
+
+
+def without_rows(kept: Any) -> Any:
+    """The cache of one row without B, for calls of one token: with B, XLA:CPU copies half of it each time."""
+    return jax.tree.map(lambda held: held[0], kept)
+
+
+def with_rows(kept: Any) -> Any:
+    """The inverse."""
+    return jax.tree.map(lambda held: held[None], kept)
 
 
 def attend(module, q_BNTH, k_BKTH, v_BKTH, positions_BT, segments_BT, scores: Scores):
@@ -56,7 +72,8 @@ def attend(module, q_BNTH, k_BKTH, v_BKTH, positions_BT, segments_BT, scores: Sc
     """
     q_BNTH, k_BKTH, v_BKTH = module.layout.heads(q_BNTH, k_BKTH, v_BKTH)
     real_BT = segments_BT > 0
-    k_BKSH = _kept(module, "k", k_BKTH, positions_BT, real_BT)
+    k_BKHT = jnp.einsum("BKTH->BKHT", k_BKTH)
+    k_BKSH = jnp.einsum("BKHS->BKSH", _kept(module, "k", k_BKHT, positions_BT, real_BT))
     v_BKSH = _kept(module, "v", v_BKTH, positions_BT, real_BT)
     S = k_BKSH.shape[2]
     last_B1 = jnp.max(jnp.where(real_BT, positions_BT, -1), axis=1, keepdims=True)
@@ -71,40 +88,44 @@ def attend(module, q_BNTH, k_BKTH, v_BKTH, positions_BT, segments_BT, scores: Sc
     return kernels.attend(q_BNTH, k_BKSH, v_BKSH, visible_BTS, scores.softcap, bias_BNTS)
 
 
-def _kept(module, name, new_BKTH, positions_BT, real_BT):
-    """All keys, or values, of the rows, in the dtype of the new ones."""
+def _kept(module, name, new, positions_BT, real_BT):
+    """All keys, or values, of the rows, in the letters and the dtype of the new ones."""
     held = module.get_variable(CACHE, name)
-    S = held.shape[2]
+    S = held.shape[LETTERS[name].index("S") - len(LETTERS[name])]
     places_BT = jnp.where(real_BT, positions_BT % S, S)  # beyond the last place nothing is written
-    if held.dtype != jnp.int8:
-        held = _write(held, new_BKTH.astype(held.dtype), places_BT)
+
+    def extended(name, new):
+        held = module.get_variable(CACHE, name)
+        held = _write(held, new.astype(held.dtype), LETTERS[name], places_BT)
         module.put_variable(CACHE, name, held)
-        return held.astype(new_BKTH.dtype)
-    scale = module.get_variable(CACHE, f"{name}_scale")
-    new_scale_BKT = jnp.max(jnp.abs(new_BKTH.astype(jnp.float32)), axis=-1) / 127
-    whole_BKTH = new_BKTH / jnp.maximum(new_scale_BKT, 1e-30)[..., None]
-    held = _write(held, jnp.round(whole_BKTH).astype(jnp.int8), places_BT)
-    scale = _write(scale, new_scale_BKT, places_BT)
-    module.put_variable(CACHE, name, held)
-    module.put_variable(CACHE, f"{name}_scale", scale)
-    return (held.astype(jnp.float32) * scale[..., None]).astype(new_BKTH.dtype)
+        return held if held.ndim == new.ndim else held[None]
+
+    if held.dtype != jnp.int8:
+        return extended(name, new).astype(new.dtype)
+    of_head = LETTERS[name].index("H")
+    scale_BKT = jnp.max(jnp.abs(new.astype(jnp.float32)), axis=of_head) / 127
+    whole = jnp.round(new / jnp.expand_dims(jnp.maximum(scale_BKT, 1e-30), of_head))
+    values, scale_BKS = extended(name, whole), extended(f"{name}_scale", scale_BKT)
+    return (values * jnp.expand_dims(scale_BKS, of_head)).astype(new.dtype)
 
 
-def _write(held, new, places_BT):
-    """held [B, K, S, ...] with new [B, K, T, ...] at the places of each row."""
-    B, T = places_BT.shape
-    if T == 1 and B <= FEW:
-        return _write_each(held, new, places_BT)
-    rows_B1 = jnp.arange(B)[:, None]
-    return held.at[rows_B1, :, places_BT].set(jnp.moveaxis(new, 1, 2), mode="drop")
+def _write(held, new, letters, places_BT):
+    """`held`, with B or of one row without, extended by `new`, which has T in the place of S.
 
-
-def _write_each(held, new, places_B1):
-    """One row after another, in place: a scatter makes XLA:CPU copy the cache.
-
-    Padding, the token of an idle row, goes to the last place, which decode/engine.py leaves free.
+    Padding, the token of an idle row, goes nowhere where several are written at once; else to the last
+    place, which decode/engine.py leaves free.
     """
-    for row in range(held.shape[0]):
-        start = (row, 0, places_B1[row, 0], *(0,) * (held.ndim - 3))
-        held = jax.lax.dynamic_update_slice(held, new[row : row + 1], start)
-    return held
+    B, T = places_BT.shape
+    along = letters.index("S")
+
+    def at(row):
+        return (row, *(0,) * (along - 1), places_BT[row, 0], *(0,) * (new.ndim - along - 1))
+
+    if held.ndim < new.ndim:
+        return jax.lax.dynamic_update_slice(held, new[0], at(0)[1:])
+    if T == 1 and B <= FEW:  # in place: a scatter makes XLA:CPU copy the cache
+        for row in range(B):
+            held = jax.lax.dynamic_update_slice(held, new[row : row + 1], at(row))
+        return held
+    index = (jnp.arange(B)[:, None], *(slice(None),) * (along - 1), places_BT)
+    return held.at[index].set(jnp.moveaxis(new, along, 1), mode="drop")
