@@ -4,6 +4,11 @@
 
 compiles the training step for the slice with TPU's compiler (the extra `tpu`), about two minutes; --analytic
 takes the formulas alone, a second. --suggest ranks the layouts that fit and compiles the best few.
+
+    python -m experiments.plan --config=configs/llama31_70b.py --config.mesh.hardware=v5e_16 \
+        --config.mesh.tensor=8 --decode=8 --bits=8
+
+compiles instead a token of generating 8 texts at a time, with weights as experiments.quantise makes them.
 """
 
 import dataclasses
@@ -19,13 +24,16 @@ from absl import flags
 from experiments import cli
 from llama_jax import config
 from llama_jax.analysis import hardware, memory
-from llama_jax.plan import figures, fit
+from llama_jax.plan import aot, decoding, figures, fit
 
 CONFIG = cli.define_config()
 ANALYTIC = flags.DEFINE_bool("analytic", False, "By formula alone, without the compiler.")
 SUGGEST = flags.DEFINE_bool("suggest", False, "Search mesh, remat, microbatches and loss chunks.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object (with --suggest, a list).")
 MARKDOWN = flags.DEFINE_bool("markdown", False, "Print a markdown table.")
+DECODE = flags.DEFINE_integer("decode", 0, "Plan generating so many texts at a time.")
+CONTEXT = flags.DEFINE_integer("context", 2048, "Of --decode: tokens of each.", lower_bound=1)
+BITS = flags.DEFINE_enum("bits", "16", ("16", "8", "4"), "Of --decode: of weights in layers.")
 COMPILED = 3  # layouts that --suggest asks the compiler about
 
 
@@ -33,11 +41,44 @@ def main() -> int:
     jax.config.update("jax_platforms", "cpu")
     run = cli.frozen(CONFIG)
     name = cli.slice_of(run)
+    if DECODE.value:
+        return generating(run, name)
     if SUGGEST.value:
         return suggest(run, name)
     plan = figures.plan(run, name, compile=not ANALYTIC.value)
     show([(run, plan)])
     return 0 if plan.fits else 1
+
+
+def generating(run: config.Run, name: str) -> int:
+    texts = decoding.Texts(DECODE.value, CONTEXT.value, int(BITS.value))
+    hardware.find_slice(name, "mesh.hardware")
+    try:
+        plan = decoding.plan(run, name, texts)
+    except aot.DoesNotFit as error:
+        print(
+            f"{name}: does not fit ({error}); try fewer --bits, more of mesh.tensor, a larger slice"
+        )
+        return 1
+    print(json.dumps(dataclasses.asdict(plan)) if JSON.value else "\n".join(lines_of(run, plan)))
+    return 0 if plan.fits else 1
+
+
+def lines_of(run: config.Run, plan: decoding.Plan) -> list[str]:
+    slow, fast = plan.tokens_per_second
+    milliseconds = lambda seconds: f"{1e3 * seconds:.2f} ms"  # noqa: E731
+    return [
+        f"{plan.slice}: {plan.devices} chips, mesh {layout(run.mesh)}; {DECODE.value} texts of "
+        f"{CONTEXT.value} tokens, weights of {BITS.value} bits",
+        f"memory a chip: {plan.hbm_gib:.2f} of {plan.hbm_limit_gib:g} GiB by the compiler; weights "
+        f"{plan.weights_gib:.2f}, keys and values {plan.cache_gib:.2f}",
+        "a token of every text, estimated (llama_jax/plan/decoding.py):",
+        f"  weights, keys and values read once from HBM     {milliseconds(plan.read_seconds)}",
+        f"  the compiler's cycles                           {milliseconds(plan.compute_seconds)}",
+        f"  collectives, by bytes and hops, nothing hidden  {milliseconds(plan.collective_seconds)}",
+        f"  {slow:,.0f} to {fast:,.0f} tokens/s of each text, {DECODE.value * slow:,.0f} to "
+        f"{DECODE.value * fast:,.0f} of all",
+    ]
 
 
 def suggest(run: config.Run, name: str) -> int:

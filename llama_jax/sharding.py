@@ -35,6 +35,9 @@ ACTIVATIONS = {**BATCH, "T": ("context", "tensor"), "S": (), "D": (), **_WIDE, "
 # Within attention every position is needed: heads take the place of positions over context (all-to-all,
 # arXiv:2309.14509).
 HEADS = {**ACTIVATIONS, "N": ("tensor", "context"), "K": ("tensor", "context"), "T": ()}
+# Decoding reads every weight for a few tokens: weights stay where they are at rest, and the small activations
+# go around (arXiv:2211.05102 section 3.2.2). So rows are not spread over fsdp; there is one position of each.
+STATIONARY = {"B": ("slices", "data"), "T": ()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,15 +45,13 @@ class Layout:
     """A mesh and what each letter means on it. Hashable, so that modules may hold it."""
 
     mesh: Mesh | AbstractMesh  # abstract: for shapes, before there are devices
-    whole_rows: bool = (
-        False  # the positions of a row stay together: in decoding there is one at a time
-    )
+    stationary: bool = False  # weights; see STATIONARY
 
     def param(self, letters: str) -> NamedSharding:
-        return NamedSharding(self.mesh, _spec(PARAMETERS, letters))
+        return NamedSharding(self.mesh, self._spec(PARAMETERS, letters))
 
     def batch(self, letters: str) -> NamedSharding:
-        return NamedSharding(self.mesh, _spec(BATCH, letters))
+        return NamedSharding(self.mesh, self._spec(BATCH, letters))
 
     @property
     def replicated(self) -> NamedSharding:
@@ -68,7 +69,7 @@ class Layout:
 
     @property
     def decoding(self) -> "Layout":
-        return dataclasses.replace(self, whole_rows=True)
+        return dataclasses.replace(self, stationary=True)
 
     def act(self, x: jax.Array, letters: str) -> jax.Array:
         """Constrain an activation inside jit: `layout.act(x_BTD, "BTD")`."""
@@ -83,7 +84,7 @@ class Layout:
         return self._constrain(w, PARAMETERS, letters)
 
     def gather(self, w: jax.Array, letters: str, dtype: str) -> jax.Array:
-        """A parameter for use: cast, then whole over fsdp.
+        """A parameter for use: cast, then whole over fsdp, unless it is stationary.
 
         The gradient is constrained to the shard at once, so that it is reduce-scattered. The transpose of
         a mere constraint would ask for the whole gradient on every device: an all-reduce, twice the
@@ -91,6 +92,8 @@ class Layout:
         """
         if self.mesh.size == 1:
             return w.astype(dtype)
+        if self.stationary:
+            return self.rest(w.astype(dtype), letters)
         return _gather(self.rest(w.astype(dtype), letters), self, letters)
 
     def heads(self, q_BNTH: jax.Array, *keys_BKSH: jax.Array) -> tuple[jax.Array, ...]:
@@ -114,7 +117,7 @@ class Layout:
         """Of keys and values that wait for later queries."""
         if self.mesh.size == 1:  # what XLA makes of it, and gives back
             return self.replicated
-        return NamedSharding(self.mesh, _spec(HEADS, letters))
+        return NamedSharding(self.mesh, self._spec(HEADS, letters))
 
     def keep(self, x: jax.Array) -> jax.Array:
         """Constrain what a cache holds, "BKSH" or "BKS"."""
@@ -125,7 +128,8 @@ class Layout:
         arrays = (*self.heads(q_BNTH, k_BKSH, v_BKSH), segments_BT)
         if self.mesh.size == 1:
             return attend(*arrays)
-        specs = (_spec(HEADS, "BNTH"), *(_spec(HEADS, "BKSH"),) * 2, _spec(HEADS, "BT"))
+        own = functools.partial(self._spec, HEADS)
+        specs = (own("BNTH"), *(own("BKSH"),) * 2, own("BT"))
         call = jax.shard_map(
             attend, mesh=self.mesh, in_specs=specs, out_specs=specs[0], check_vma=False
         )
@@ -134,9 +138,8 @@ class Layout:
     def _constrain(self, x, table, letters):
         if self.mesh.size == 1:
             return x
-        if self.whole_rows:
-            table = {**table, "T": ()}
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, _spec(table, letters)))
+        place = NamedSharding(self.mesh, self._spec(table, letters))
+        return jax.lax.with_sharding_constraint(x, place)
 
     def check(self, shape: Sequence[int], letters: str, what: str, table=PARAMETERS) -> None:
         """ValueError unless every dimension divides by the devices that its letter is spread over."""
@@ -168,8 +171,20 @@ class Layout:
         return jax.make_array_from_process_local_data(self.batch(letters), local, shape)
 
     def _parts(self, table, letter: str) -> int:
-        axes = () if self.whole_rows and letter == "T" else table[letter]
-        return math.prod(self.mesh.shape[axis] for axis in axes)
+        return math.prod(self.mesh.shape[axis] for axis in self._table(table)[letter])
+
+    def _table(self, table: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        return {**table, **STATIONARY} if self.stationary else table
+
+    def _spec(self, table, letters: str) -> PartitionSpec:
+        """T takes those of its axes that no other dimension has."""
+        table = self._table(table)
+        taken = {axis for letter in letters if letter != "T" for axis in table[letter]}
+        axes = (
+            tuple(axis for axis in table[letter] if letter != "T" or axis not in taken)
+            for letter in letters
+        )
+        return PartitionSpec(*(of_letter or None for of_letter in axes))
 
 
 def make(mesh: config.Mesh, devices: Sequence[jax.Device]) -> Layout:
@@ -229,13 +244,3 @@ def _gather_backward(layout, letters, _, slope):
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
-
-
-def _spec(table: dict[str, tuple[str, ...]], letters: str) -> PartitionSpec:
-    """T takes those of its axes that no other dimension has."""
-    taken = {axis for letter in letters if letter != "T" for axis in table[letter]}
-    axes = (
-        tuple(axis for axis in table[letter] if letter != "T" or axis not in taken)
-        for letter in letters
-    )
-    return PartitionSpec(*(of_letter or None for of_letter in axes))

@@ -26,27 +26,28 @@ def empty(module, rows: int, places: int, kind: str) -> dict[str, Any]:
 
     int8 has a float32 scale for each key and value of a head.
     """
+    shapes = abstract(module, rows, places, kind)
+    zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)  # noqa: E731
+    return jax.jit(zeros, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))()
+
+
+def abstract(module, rows: int, places: int, kind: str) -> dict[str, Any]:
+    """Shapes, types and places of a cache; no memory."""
     model, layout = module.config, module.layout
+    layout.check_rows(rows)
     heads = layout.key_heads(model.kv_heads)
     size = {"B": rows, "K": heads, "S": places, "H": model.head_dim}
     dtypes = {"k": jnp.dtype(kind), "v": jnp.dtype(kind)}
     if kind == "int8":
         dtypes |= {"k_scale": jnp.dtype("float32"), "v_scale": jnp.dtype("float32")}
-    layout.check_rows(rows)
-    shape = lambda name: tuple(size[letter] for letter in LETTERS[name])  # noqa: E731
-    zeros = lambda: {  # noqa: E731
-        f"group_{i}": {
-            f"{block}_{j}": {
-                "attention": {name: jnp.zeros(shape(name), dtype) for name, dtype in dtypes.items()}
-            }
-            for j, block in enumerate(model.pattern)
-        }
-        for i in range(model.groups)
+    of_layer = {
+        name: jax.ShapeDtypeStruct(
+            [size[letter] for letter in LETTERS[name]], dtype, sharding=layout.cache(LETTERS[name])
+        )
+        for name, dtype in dtypes.items()
     }
-    shardings = jax.tree_util.tree_map_with_path(
-        lambda path, _: layout.cache(LETTERS[path[-1].key]), jax.eval_shape(zeros)
-    )
-    return jax.jit(zeros, out_shardings=shardings)()
+    blocks = {f"{block}_{j}": {"attention": of_layer} for j, block in enumerate(model.pattern)}
+    return {f"group_{i}": blocks for i in range(model.groups)}
 
 
 def places_of(kept: Any) -> int:

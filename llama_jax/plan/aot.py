@@ -1,4 +1,4 @@
-"""Compile a training step for a TPU slice that is not there. It takes libtpu, the compiler, and no TPU.
+"""Compile a step for a TPU slice that is not there. It takes libtpu, the compiler, and no TPU.
 
 libtpu looks for a TPU host around it, locks a file and writes to the terminal: it runs in a process of its
 own, with an environment that keeps it quiet, and nothing of it reaches the process that asked.
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ _PLACES = (str(Path(config.__file__).resolve().parents[1]), str(Path(sys.prefix)
 
 
 class Compiled(NamedTuple):
-    """One optimiser step on one device."""
+    """One step, of training or of decoding, on one device."""
 
     hbm_gib: float  # arguments, results that are not written over them, temporaries
     argument_gib: float
@@ -51,9 +52,12 @@ class DoesNotFit(ValueError):
     """The compiler ran out of the slice's memory."""
 
 
-def compile(run: config.Run, name: str) -> Compiled:
-    """Figures of `run` on the slice `name`. DoesNotFit, or ValueError on what cannot be compiled."""
-    request = json.dumps({"run": config.to_dict(run), "slice": name})
+def compile(run: config.Run, name: str, decode: Sequence = ()) -> Compiled:
+    """Figures of `run` on the slice `name`. DoesNotFit, or ValueError on what cannot be compiled.
+
+    The training step, or with `decode`, the values of a decoding.Texts, one of decoding.
+    """
+    request = json.dumps({"run": config.to_dict(run), "slice": name, "decode": list(decode)})
     child = subprocess.run(
         [sys.executable, "-c", "from llama_jax.plan import aot; aot.answer()"],
         input=request,
@@ -79,7 +83,7 @@ def answer() -> None:
     request = json.load(sys.stdin)
     try:
         run = config.from_dict(request["run"])
-        said = _compile(run, request["slice"])._asdict()
+        said = _compile(run, request["slice"], request["decode"])._asdict()
     except ValueError as error:
         said = {"error": str(error)}
     except ImportError as error:
@@ -91,16 +95,19 @@ def answer() -> None:
     sys.stdout.write(json.dumps(said) + "\n")
 
 
-def _compile(run: config.Run, name: str) -> Compiled:
+def _compile(run: config.Run, name: str, decode: Sequence) -> Compiled:
     from llama_jax import sharding
     from llama_jax.analysis import flops
-    from llama_jax.plan import hlo
+    from llama_jax.plan import decoding, hlo
     from llama_jax.train import program as programs
 
     start = time.monotonic()
     layout = sharding.make(run.mesh, devices(hardware.SLICES[name]))
-    program = programs.build(run, layout)
-    traced = program.step.trace(program.state, program.batch)
+    if decode:
+        traced = decoding.trace(run.model, layout, decoding.Texts(*decode))
+    else:
+        program = programs.build(run, layout)
+        traced = program.step.trace(program.state, program.batch)
     executed = flops.executed(traced.jaxpr.jaxpr)
     options = hardware.compiler_options(hardware.SLICES[name].device)
     with tempfile.TemporaryDirectory() as dump:
@@ -108,7 +115,7 @@ def _compile(run: config.Run, name: str) -> Compiled:
         compiled = traced.lower().compile(
             {**options, "xla_dump_to": dump, "xla_dump_hlo_as_text": True}
         )
-        (file,) = Path(dump).glob("*jit_step*after_codegen.txt")
+        (file,) = Path(dump).glob(f"*jit_{traced.fun_name}*after_codegen.txt")
         scheduled = hlo.read(file.read_text())
     stats = compiled.memory_analysis()
     arguments, temporary = stats.argument_size_in_bytes, stats.temp_size_in_bytes

@@ -178,6 +178,7 @@ def test_a_failed_run_is_marked_and_the_rest_go_on(corpus, tmp_path):
     assert "optim.learning_rate: 0.0001 -> 0.0002" in other.stderr
 
 
+@pytest.mark.slow  # a quarter of a minute
 def test_tasks_of_an_array_start_together(corpus, tmp_path):
     """All make the same study of an empty folder; none dies of it, and the report has what both did."""
     workdir = tmp_path / "array"

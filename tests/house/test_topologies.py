@@ -41,6 +41,7 @@ def steps(mesh, devices, folder, first, last):
     return losses
 
 
+@pytest.mark.slow  # half a minute
 def test_a_run_that_moves_from_8_to_1_devices_keeps_its_losses(tmp_path):
     moved = []
     for n, mesh in enumerate(PLACES):

@@ -55,6 +55,7 @@ def test_its_test_passes_and_fails_when_the_scheme_is_broken(copy):
     path.write_text(right)
 
 
+@pytest.mark.slow  # half a minute
 def test_its_study_reports(copy, tmp_path):
     (command,) = re.findall(r"```sh\npython (.*?)\n```", PAGE)
     words = [word.replace("/tmp/", f"{tmp_path}/") for word in shlex.split(command)]

@@ -1,6 +1,7 @@
 """A text that goes through the network a few tokens at a time has the logits of the whole."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from llama_jax import config, sharding
+from llama_jax.decode import engine
 from llama_jax.model import cache, transformer
 from tests.model.test_variants import BASE, VARIANTS
 from tests.model.test_variants import network as strong
@@ -102,3 +104,23 @@ def test_meshes_have_the_numbers_of_one_device(layout):
         module, params = network(BASE, where)
         found.append(in_parts(module, params, SEQUENCE[[0, 1, 2, 0]], 48))
     np.testing.assert_allclose(found[1], found[0], rtol=2e-5, atol=1e-5)
+
+
+def test_no_weight_is_gathered_for_a_token():
+    """On many devices what goes around is smaller than any matrix."""
+    model = dataclasses.replace(
+        BASE, dim=256, heads=8, kv_heads=4, head_dim=16, ffn_dim=512, vocab_size=512
+    )
+    module = transformer.build(model, sharding.make(config.Mesh(fsdp=4, tensor=2), jax.devices()))
+    rows, params = 2, jax.jit(lambda: transformer.init(module, jax.random.key(0)))()
+    letters = transformer.letters(module)
+    params = jax.tree.map(lambda w, of: jax.device_put(w, module.layout.param(of)), params, letters)
+    made = engine.Engine(module, params, config.Decode())
+    lowered = engine.advance.lower(
+        made.module, made.params, made.decode, made.rows(rows, 100), steps=2
+    )
+    text = lowered.compile().as_text()
+    moved = re.findall(r"= f32\[([\d,]+)\]\S* all-(?:gather|to-all|reduce)\(", text)
+    assert moved
+    smallest = model.dim * model.kv_heads * model.head_dim
+    assert max(np.prod([int(n) for n in shape.split(",")]) for shape in moved) < smallest / 4

@@ -93,6 +93,7 @@ def spread(width, init, layout):
     return float(np.std(logits(now.params) - before))
 
 
+@pytest.mark.slow  # a quarter of a minute
 def test_coordinate_check(layout):
     """muP's promise (arXiv:2203.03466 appendix D.1): what steps change does not grow with the width.
 

@@ -43,11 +43,13 @@ def test_gradients_are_scattered_and_gathers_hide_behind_work():
     assert kinds & {"collective-permute", "reduce-scatter"}
 
 
+@pytest.mark.slow  # half a minute of the compiler
 def test_arguments_are_the_state_and_no_device_has_more_than_its_part():
     need, _ = formula(RUN)
     assert compiled().argument_gib == pytest.approx(need.state, rel=0.02)
 
 
+@pytest.mark.slow  # the same program
 def test_full_recomputation_executes_a_third_more():
     """A forward pass again, without the last product of a layer and the vocabulary's."""
     _, built = formula(RUN)
