@@ -75,6 +75,13 @@ class Layout:
         """Constrain an activation inside jit: `layout.act(x_BTD, "BTD")`."""
         return self._constrain(x, ACTIVATIONS, letters)
 
+    def made(self, x: jax.Array, letters: str) -> jax.Array:
+        """Constrain what a product has just made: where weights are stationary, spread as they are.
+
+        Left free, XLA may gather the weights after all to have it whole.
+        """
+        return self._constrain(x, {**ACTIVATIONS, **PARAMETERS}, letters) if self.stationary else x
+
     def materialise(self, x: jax.Array) -> jax.Array:
         """Keep XLA from computing x again inside each operation that reads it."""
         return x if self.mesh.size == 1 else _materialise(x)

@@ -19,16 +19,17 @@ def linear(module: nn.Module, name: str, letters: str, x: jax.Array, role: str) 
 
     "BNTH,NHD->BTD". Roles: see `init.initial`.
     """
-    inputs, weights, _ = letters.replace("->", ",").split(",")
+    inputs, weights, outputs = letters.replace("->", ",").split(",")
     w = param(module, name, weights, initial(module.config, role))
     if module.is_mutable_collection(INPUTS) and not module.is_initializing():
         contracted = "".join(letter for letter in weights if letter in inputs)
         module.put_variable(INPUTS, name, jnp.einsum(f"{inputs}->BT{contracted}", x))
     if isinstance(w, Quantised):
-        return product(letters, x, w)
+        return module.layout.made(product(letters, x, w), outputs)
     one_device = module.layout.mesh.size == 1
     product_of = _on_one_device if one_device else _across_devices
-    return checkpoint_name(product_of(letters, x, w, module.layout), "linear")
+    out = module.layout.made(product_of(letters, x, w, module.layout), outputs)
+    return checkpoint_name(out, "linear")
 
 
 def _on_one_device(letters, x, w, layout):
