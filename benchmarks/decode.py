@@ -1,6 +1,6 @@
 """One side of the decoding comparison, in a process of its own; prints one JSON object.
 
-    python -m benchmarks.decode ours|transformers [--batch=1] [--change={}]
+    python -m benchmarks.decode ours|transformers [--batch=1] [--weights=int8]
 
 The network of benchmarks/w1.py in float32, 2 threads: a prompt of 64 tokens, 128 new ones, greedy.
 """
@@ -21,27 +21,48 @@ def prompts(batch: int) -> list[list[int]]:
     return np.random.default_rng(0).integers(3, V, (batch, PROMPT)).tolist()
 
 
-def ours(batch: int, change: dict, weights: str = "float32"):
+def network(**changes):
+    """Module and parameters, float32, tuned as the commands are."""
     from experiments import cli
 
     cli.tune_for_cpu()
     import jax
 
     from llama_jax import sharding
-    from llama_jax.decode.engine import Engine
-    from llama_jax.decode.generate import Decoder, Request
     from llama_jax.model import transformer
-    from llama_jax.quant.network import quantise
 
     model = config.Model(
         vocab_size=V, dim=512, layers=8, heads=8, kv_heads=4, head_dim=64, ffn_dim=1408,
-        norm_eps=1e-5, compute_dtype="float32",
+        norm_eps=1e-5, compute_dtype="float32", **changes,
     )  # fmt: skip
     module = transformer.build(model, sharding.make(config.Mesh(), jax.devices()))
-    params = jax.jit(transformer.init, static_argnums=0)(module, jax.random.key(0))
+    return module, jax.jit(transformer.init, static_argnums=0)(module, jax.random.key(0))
+
+
+def peer():
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=V, hidden_size=512, num_hidden_layers=8, num_attention_heads=8,
+            num_key_value_heads=4, intermediate_size=1408, rms_norm_eps=1e-5,
+            max_position_embeddings=512, attn_implementation="sdpa", eos_token_id=None, pad_token_id=0,
+        )
+    ).eval()  # fmt: skip
+
+
+def ours(batch: int, weights: str):
+    module, params = network()
+    from llama_jax.decode.engine import Engine
+    from llama_jax.decode.generate import Decoder, Request
+    from llama_jax.quant.network import quantise
+
     if weights != "float32":
         params = quantise(module, params, QUANT[weights])
-    engine = Engine(module, params, config.Decode(**change))
+    engine = Engine(module, params, config.Decode())
     decoder = Decoder(engine, _Letters(), (), batch, PROMPT + NEW)
 
     turn = 0
@@ -70,19 +91,10 @@ class _Letters:
         return b"x"
 
 
-def transformers(batch: int, change: dict):
+def transformers(batch: int, weights: str):
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.set_num_threads(THREADS)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=V, hidden_size=512, num_hidden_layers=8, num_attention_heads=8,
-            num_key_value_heads=4, intermediate_size=1408, rms_norm_eps=1e-5,
-            max_position_embeddings=512, attn_implementation="sdpa", eos_token_id=None, pad_token_id=0,
-        )
-    ).eval()  # fmt: skip
+    model = peer()
     tokens = torch.tensor(prompts(batch))
 
     def run(new: int) -> list[float]:
@@ -128,10 +140,8 @@ def main() -> None:
     parser.add_argument("side", choices=SIDES)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--weights", choices=["float32", *QUANT], default="float32", help="ours")
-    parser.add_argument("--change", type=json.loads, default={}, help="of config.Decode, as JSON")
     options = parser.parse_args()
-    own = {"weights": options.weights} if options.side == "ours" else {}
-    run = SIDES[options.side](options.batch, options.change, **own)
+    run = SIDES[options.side](options.batch, options.weights)
     run(NEW)
     found = [run(NEW) for _ in range(ROUNDS)]
     print(

@@ -1,5 +1,8 @@
 """`make bench`: measure, then write docs/benchmarks.md and benchmarks/results.json.
 
+    python -m benchmarks.run W5
+
+measures the named parts and keeps the rows of the others, with the versions that they were measured with.
 Sides of a comparison run in turns, each in a process of its own, so that a drift of the machine meets both;
 figures are medians over the rounds, the spread is (largest - smallest) / median.
 """
@@ -39,11 +42,31 @@ W1_FLOPS_PER_TOKEN = 6 * (8 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1408) +
 W5_BYTES_PER_TOKEN = 4 * (8 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1408) + 512 * 32_000)
 
 
+RESULTS = ROOT / "benchmarks/results.json"
+
+
 def main() -> None:
-    rows = [*train_step(), *startup(), *data(), *convert(), *decode()]
-    (ROOT / "benchmarks" / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    asked = sys.argv[1:] or list(PARTS)
+    if unknown := set(asked) - set(PARTS):
+        sys.exit(f"{', '.join(unknown)} is not one of {', '.join(PARTS)}")
+    rows = [row for row in json.loads(RESULTS.read_text()) if part_of(row) not in asked]
+    for part in asked:
+        rows += [{**row, "versions": versions()} for row in PARTS[part]()]
+    rows.sort(key=part_of)
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     (ROOT / "docs" / "benchmarks.md").write_text(page(rows))
-    print(f"wrote {ROOT / 'docs/benchmarks.md'} and {ROOT / 'benchmarks/results.json'}")
+    print(f"wrote {ROOT / 'docs/benchmarks.md'} and {RESULTS}")
+
+
+def part_of(row: dict) -> str:
+    return row["name"].split()[0]
+
+
+def versions() -> str:
+    packages = ("jax", "flax", "torch", "transformers", "google-tunix")
+    found = {dist.name: dist.version for dist in metadata.distributions()}
+    known = ", ".join(f"{name} {found[name]}" for name in packages if name in found)
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}, {known}"
 
 
 def train_step() -> list[dict]:
@@ -68,7 +91,7 @@ def train_step() -> list[dict]:
         row("W1 peak memory, beside transformers", memory["ours"], memory["transformers"], "GiB"),
         row("W1 peak memory, beside Tunix", memory["ours"], memory["tunix"], "GiB"),
         row("W1 model FLOPs, beside JAX's matmul of 2048", achieved, matmul["jax"], "GFLOP/s"),
-        row("matmul of 2048, JAX beside torch", matmul["jax"], matmul["torch"], "GFLOP/s"),
+        row("W1 matmul of 2048, JAX beside torch", matmul["jax"], matmul["torch"], "GFLOP/s"),
     ]
 
 
@@ -132,33 +155,41 @@ def convert() -> list[dict]:
 
 
 def decode() -> list[dict]:
-    """W5: greedy continuation of 1 and 8 prompts."""
+    """W5: greedy continuation of 1 and 8 prompts, in float32 and with int8 weights; log-likelihood."""
     rows = []
+    sides = {
+        "ours": ("benchmarks.decode", "ours"),
+        "transformers": ("benchmarks.decode", "transformers"),
+        "int8": ("benchmarks.decode", "ours", "--weights=int8 x int16"),
+    }
     for batch in (1, 8):
-        found = {"ours": [], "transformers": []}
+        found = {name: [] for name in sides}
         for round_ in range(ROUNDS):
-            for name, results in found.items():
+            for name, command in sides.items():
                 say(f"W5 round {round_ + 1} of {ROUNDS}: {name}, batch {batch}")
-                results.append(
-                    json.loads(python("-m", "benchmarks.decode", name, f"--batch={batch}"))
-                )
+                found[name].append(json.loads(python("-m", *command, f"--batch={batch}")))
         of = lambda side, what: [statistics.median(r[what]) for r in found[side]]  # noqa: B023, E731
-        rates, first = of("ours", "tokens_per_second"), of("ours", "first_token_seconds")
+        rates = {name: of(name, "tokens_per_second") for name in sides}
+        first = {name: of(name, "first_token_seconds") for name in sides}
         name = f"W5 decode, batch {batch}"
         rows += [
-            row(
-                f"{name}, beside transformers",
-                rates,
-                of("transformers", "tokens_per_second"),
-                "tokens/s",
-            ),
-            row(f"{name}, first token", first, of("transformers", "first_token_seconds"), "s"),
+            row(f"{name}, beside transformers", rates["ours"], rates["transformers"], "tokens/s"),
+            row(f"{name}, first token", first["ours"], first["transformers"], "s"),
+            row(f"{name}, int8 weights, beside float32", rates["int8"], rates["ours"], "tokens/s"),
         ]
         if batch == 1:
-            read = [rate * W5_BYTES_PER_TOKEN / 1e9 for rate in rates]
+            read = [rate * W5_BYTES_PER_TOKEN / 1e9 for rate in rates["ours"]]
             band = [r["bandwidth"] for r in found["ours"]]
             rows.append(row(f"{name}, weights read, beside a sum's bandwidth", read, band, "GB/s"))
-    return rows
+    scores = {"ours": [], "transformers": []}
+    for round_ in range(ROUNDS):
+        for name, results in scores.items():
+            say(f"W5 log-likelihood, round {round_ + 1} of {ROUNDS}: {name}")
+            results.append(json.loads(python("-m", "benchmarks.score", name)))
+    return [
+        *rows,
+        row("W5 log-likelihood, beside transformers", *scores.values(), "tokens/s"),
+    ]
 
 
 def row(name: str, ours: list[float], peer: list[float], unit: str) -> dict:
@@ -179,13 +210,15 @@ def page(rows: list[dict]) -> str:
         f"| {r['unit']} | {r['spread']:.0%} |\n"
         for r in rows
     )
-    packages = ("jax", "flax", "torch", "transformers", "google-tunix")
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
+    measured: dict[str, list[str]] = {}
+    for r in rows:
+        parts = measured.setdefault(r["versions"], [])
+        parts += [part_of(r)] if part_of(r) not in parts else []
+    machines = "\n".join(f"- {', '.join(parts)}: {what}" for what, parts in measured.items())
     return (
         "# Benchmarks\n\nWritten by `make bench`. Sides of a row ran in turns, each in its own process; "
         f"medians of {ROUNDS} rounds, ratio = median of the rounds' ratios, spread = (largest - smallest) / "
-        f"median of ours.\n\n{os.cpu_count()} CPU cores ({platform.machine()}), Python "
-        f"{platform.python_version()}, {versions}.\n\n"
+        f"median of ours.\n\n{machines}\n\n"
         "| | ours | peer | ratio | unit | spread |\n|---|---|---|---|---|---|\n"
         f"{table}\nW1: width 512, 8 layers, 8 heads, 4 key heads, ffn 1408, vocabulary 32000; 8 rows of 512 "
         "tokens; float32, AdamW with clipping, nothing recomputed by policy, `model.unroll=8`, "
@@ -194,7 +227,8 @@ def page(rows: list[dict]) -> str:
         "Python's standard library in documents of 4,000 characters, one thread. W4: read, checked for NaN, "
         "turned into the other layout, synced to disk; a copy is cp and sync. The bound is 3 x the largest "
         "tensor + 1 GiB. W5: the network of W1, prompts of 64 tokens, 128 new ones, greedy, float32, "
-        "the prompt's time included; transformers with its cache.\n"
+        "the prompt's time included; transformers with its cache. int8 weights: `quant.activations=int16`. "
+        "Log-likelihood: every token of 8 rows of 512.\n"
     )
 
 
@@ -226,6 +260,9 @@ def until(args: list[str], text: str) -> float:
 
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+
+
+PARTS = {"W1": train_step, "W2": startup, "W3": data, "W4": convert, "W5": decode}
 
 
 def say(text: str) -> None:

@@ -17,6 +17,8 @@ from llama_jax.model import cache, transformer
 from llama_jax.model.transformer import Transformer
 
 CHUNKS = (16, 64, 256, 512)  # tokens of a prompt at a time
+# Scores of a head that a chunk may have, 64 MiB: with 128k places a chunk is of 64 tokens.
+SCORES = 1 << 24
 STEPS = 8  # tokens of each row between two looks at what was said
 
 
@@ -82,13 +84,15 @@ class Engine:
         has the same bits whatever follows.
         """
         said, seen_V = None, None
+        most = SCORES // cache.places_of(rows.cache)
+        chunks = [size for size in CHUNKS if size <= max(most, CHUNKS[0])]
         if rows.seen_BV is not None:
             seen_V = np.zeros(rows.seen_BV.shape[1], bool)
             seen_V[tokens] = True
         while start < len(tokens):
             stop = pause if start < pause else len(tokens)
-            part = tokens[start : min(start + CHUNKS[-1], stop)]
-            size = next(n for n in CHUNKS if n >= len(part))
+            part = tokens[start : min(start + chunks[-1], stop)]
+            size = next(n for n in chunks if n >= len(part))
             filled = np.zeros(size, np.int32)
             filled[: len(part)] = part
             rows, said = begin(
