@@ -54,8 +54,7 @@ def main() -> int:
     quant = config.from_dict(CONFIG.value.quant.to_dict(), config.Quant, "quant")
     mesh = config.from_dict(CONFIG.value.mesh.to_dict(), config.Mesh, "mesh")
     origin, to = (Path(flag.value).expanduser().absolute() for flag in (CHECKPOINT, TO))
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ValueError(f"--to={to} is there already; name a new folder")
+    native.check_new(to)
     if native.is_native(origin) and (said := native.quantised(origin)):
         raise ValueError(
             f"{origin} holds weights of {said.bits} bits already; give what it came of"

@@ -114,13 +114,30 @@ def quantised(folder: Path) -> config.Quant | None:
     return None if said is None else config.from_dict(said, config.Quant, QUANT)
 
 
+def check_new(folder: Path) -> None:
+    """ValueError unless `save_quantised` can make the folder: nothing of somebody else's is in its way."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--to={folder} is there already; name a new folder")
+    stage = _stage(folder)
+    ours = (PARAMS, MODEL, TOKENIZER)
+    foreign = [p.name for p in stage.glob("*") if not p.name.startswith(ours)]
+    if foreign or (stage.exists() and not stage.is_dir()):
+        raise ValueError(f"{stage} is not ours: move it or name another --to")
+
+
+def _stage(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".unfinished")
+
+
 def save_quantised(
     folder: Path, origin: Path, params: Any, quant: config.Quant, model: config.Model, context: int
 ) -> None:
     """A new folder with the network of `origin` in smaller weights. It is there when it is complete."""
+    check_new(folder)
     _, _, tokenizer = settings(origin)
-    stage = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(stage, ignore_errors=True)
+    stage = _stage(folder)
+    if stage.exists():  # of a call that was killed
+        shutil.rmtree(stage)
     stage.mkdir(parents=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((stage / PARAMS).absolute(), tree.nest(tree.paths(params)))

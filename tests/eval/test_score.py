@@ -55,6 +55,7 @@ def test_longer_windows_score_the_same_tokens_with_more_before_them(model, layou
     np.testing.assert_allclose(whole.position_T, direct[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_meshes_have_the_numbers_of_one_device(layout):
     model = config.Model(
         vocab_size=44, dim=24, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=20,

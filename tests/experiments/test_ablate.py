@@ -151,6 +151,7 @@ def test_a_job_array_shares_a_workdir_and_report_only_redraws(study, corpus, tmp
     assert "Incomplete: 2 runs are not done" in (workdir / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_marked_and_the_rest_go_on(corpus, tmp_path):
     page = tmp_path / "rates.py"
     page.write_text(

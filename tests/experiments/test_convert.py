@@ -13,6 +13,7 @@ from tests.convert import small
 from tests.experiments import helpers
 
 
+@pytest.mark.slow
 def test_a_training_run_leaves_for_hugging_face_with_its_tokenizer(tmp_path):
     """Its own SentencePiece model, trained on the text, goes along."""
     transformers = pytest.importorskip("transformers")
@@ -53,6 +54,7 @@ def test_a_converted_model_is_announced_and_generates(tmp_path, shared):
     assert said.stdout.startswith("Once upon a time, there was a little girl named Lily.")
 
 
+@pytest.mark.slow
 def test_sampling_is_seeded(tmp_path, shared):
     came = shared("checkpoints/stories260K/stories260K.bin")
     helpers.run("convert", f"--from={came}", f"--to={tmp_path / 'native'}")

@@ -59,6 +59,7 @@ def alone(tmp_path_factory):
     return losses(folder / "run")
 
 
+@pytest.mark.slow
 def test_two_processes_are_killed_and_one_goes_on_with_the_same_losses(tmp_path, alone):
     args = helpers.arguments(tmp_path, *MORE)
     processes = both(args)

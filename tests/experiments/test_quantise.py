@@ -84,6 +84,17 @@ def test_what_cannot_be_done_is_one_line(model, tmp_path, flags, message):
     assert not (tmp_path / "small").exists()
 
 
+def test_what_lies_beside_is_left_alone(model, tmp_path):
+    text = helpers.text(tmp_path / "text.txt", 4000)
+    (tmp_path / "small.unfinished").mkdir()
+    (tmp_path / "small.unfinished/thesis.tex").write_text("mine")
+    done = quantise(model, tmp_path / "small", f"--text={text}")
+    assert "small.unfinished is not ours: move it or name another --to" in done.stderr
+    (tmp_path / "small.unfinished/thesis.tex").rename(tmp_path / "small.unfinished/model.json")
+    assert quantise(model, tmp_path / "small", f"--text={text}").returncode == 0
+    assert not (tmp_path / "small.unfinished").exists()
+
+
 def test_a_text_that_is_too_short_is_said(model, tmp_path):
     (tmp_path / "short.txt").write_text("a few words")
     done = quantise(model, tmp_path / "small", f"--text={tmp_path}/short.txt")

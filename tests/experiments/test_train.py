@@ -124,6 +124,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path, reference):
     assert losses(tmp_path / "run") == losses(reference[0] / "run")
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_same_losses(tmp_path, reference):
     done = helpers.run(
         "train", *helpers.arguments(tmp_path, f"--config.train.steps={STEPS}"), devices=8
@@ -141,6 +142,7 @@ def test_a_finished_run_started_again_trains_no_further(reference):
     assert (folder / "run" / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_the_audit_lists_every_row_once_an_epoch(tmp_path):
     args = helpers.arguments(tmp_path, "--config.train.steps=6", "--config.log.audit=on")
     assert helpers.run("train", *args).returncode == 0
@@ -162,6 +164,7 @@ def test_another_runs_workdir_is_refused_with_the_difference(reference):
     assert "holds another run; it differs in\n  model.ffn_dim: 40 -> 48" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_checkpoint_and_fails(tmp_path):
     """A limit on the size of a file stands for the disk: the second save meets it."""
     args = helpers.arguments(

@@ -146,6 +146,7 @@ def test_the_weights_of_the_readme_come_in_write_and_leave(tmp_path, shared):
             )
 
 
+@pytest.mark.slow
 def test_what_was_trained_leaves_as_the_readme_says(tmp_path):
     """The last block, with a run of a few steps for make train's."""
     trained = helpers.run("train", *helpers.arguments(tmp_path, "--config.train.steps=3"))

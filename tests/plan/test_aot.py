@@ -66,6 +66,7 @@ def test_what_does_not_fit_is_said_with_the_compilers_numbers():
     assert not figures.plan(big, "v4_8", compile=False).fits
 
 
+@pytest.mark.slow
 def test_the_compiler_leaves_nothing_in_this_process(capfd):
     import os
     import sys
