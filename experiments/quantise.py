@@ -75,7 +75,7 @@ def main() -> int:
     with tqdm(total=model.groups, desc="quantising", unit="layer") as bar:
         made = quantise(module, params, quant, batches, bar.update)
     native.save_quantised(to, origin, made, quant, model, context)
-    before, after = bytes_of(params), bytes_of(made)
+    before, after = (tree.gib(one) * 2**30 for one in (params, made))
     count = tree.count(params)
     first, second = (nats(module, one, rows.measured) for one in (params, made))
     print(f"\n{'':20}{'MB':>10}{'bits each':>12}{'perplexity':>14}")
@@ -162,11 +162,6 @@ def own(folder: Path, module: Transformer, tokenizer: Tokenizer, rows: int, leng
 def nats(module: Transformer, params: Any, rows: np.ndarray) -> np.ndarray:
     """The mean of each row's tokens, float64."""
     return score.windows(module, params, rows, 1, AT_ONCE).row_R.astype(np.float64)
-
-
-def bytes_of(params: Any) -> float:
-    half = lambda leaf: 0.5 if leaf.dtype == "int4" else leaf.dtype.itemsize  # noqa: E731
-    return sum(leaf.size * half(leaf) for leaf in jax.tree.leaves(params))
 
 
 if __name__ == "__main__":

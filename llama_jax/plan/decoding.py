@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llama_jax import config, dims, sharding, tree
+from llama_jax import config, sharding, tree
 from llama_jax.analysis import hardware
 from llama_jax.decode import engine
 from llama_jax.model import cache, transformer
 from llama_jax.model.quantised import Quantised, spread
 from llama_jax.plan import aot, roofline
-from llama_jax.quant import rounding
+from llama_jax.quant import network, rounding
 from llama_jax.sharding import Layout
 
 HOP_SECONDS = (
@@ -27,7 +27,6 @@ class Texts(NamedTuple):
     rows: int
     context: int
     bits: int  # of weights in layers: 16, or as quant/ makes them 8 or 4
-    cache: str = "compute"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,16 +90,15 @@ def plan(run: config.Run, name: str, texts: Texts) -> Plan:
 def trace(model: config.Model, layout: Layout, texts: Texts) -> Any:
     """The program of one token of every text, traced."""
     module, params, rows = abstract(model, layout, texts)
-    decode = config.Decode(cache=texts.cache)
-    return engine.advance.trace(module, params, decode, rows, 1)
+    return engine.advance.trace(module, params, config.Decode(), rows, 1)
 
 
 def abstract(model: config.Model, layout: Layout, texts: Texts) -> tuple[Any, Any, engine.Rows]:
     """The network, its parameters and the rows as `engine.Engine` has them: shapes and places."""
     stacked = transformer.build(model, layout)
     module = transformer.unstacked(stacked)
-    kind = model.compute_dtype if texts.cache == "compute" else texts.cache
-    kept = cache.abstract(module, texts.rows, engine.places(model, texts.context), kind)
+    places = engine.places(model, texts.context)
+    kept = cache.abstract(module, texts.rows, places, model.compute_dtype)
     of = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.replicated)  # noqa: E731
     whole = of((texts.rows,), jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), texts.rows))
@@ -123,10 +121,9 @@ def _parameter(shape, letters: str, dtype: str, layout: Layout, bits: int) -> An
         place = layout.param(spread(letters, shape))
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place)
 
-    if bits == 16 or not dims.is_matrix(letters) or "R" in letters:
+    bits, group = network.scheme(letters, config.Quant(bits=bits)) if bits < 16 else (0, 0)
+    if not bits:
         return part(shape, dtype)
-    bits = 8 if "V" in letters else bits
-    group = config.Quant().group if bits == 4 else 0
     blocks = rounding.grid(letters, shape, group).blocks
     return Quantised(part(shape, f"int{bits}"), part(blocks, jnp.bfloat16))
 
@@ -144,6 +141,5 @@ def hops(one: dict[str, Any], slice_: hardware.Slice) -> int:
 def _gib_a_device(part: Any) -> float:
     bytes_ = 0.0
     for leaf in jax.tree.leaves(part):
-        width = 0.5 if leaf.dtype == jnp.int4 else leaf.dtype.itemsize
-        bytes_ += math.prod(leaf.sharding.shard_shape(leaf.shape)) * width
+        bytes_ += math.prod(leaf.sharding.shard_shape(leaf.shape)) * tree.bytes_each(leaf)
     return bytes_ / 2**30

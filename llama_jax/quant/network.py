@@ -1,5 +1,6 @@
 """A network to smaller weights: one pass over its parameters, layer after layer."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,6 @@ import numpy as np
 from llama_jax import config, dims, tree
 from llama_jax.model import transformer
 from llama_jax.model.linear import INPUTS
-from llama_jax.model.quantised import Quantised
 from llama_jax.model.transformer import Group, Transformer
 from llama_jax.quant import rounding
 from llama_jax.quant.gptq import gptq
@@ -33,7 +33,7 @@ def quantise(
     """
     letters = tree.paths(transformer.letters(module))
     outer = {
-        name: _nearest(w, letters[name], 8, 0, quant.activations) if _counts(letters[name]) else w
+        name: _parameter(w, letters[name], quant)
         for name, w in tree.paths({k: v for k, v in params.items() if k != "groups"}).items()
     }
     single = transformer.unstacked(module)
@@ -47,7 +47,7 @@ def quantise(
             found = _hessians(group, own, x_BTD, where)
             hessians = {name: hessians.get(name, 0.0) + h for name, h in found.items()}
         made = {
-            name: _matrix(w, letters[f"groups/{name}"][1:], quant, hessians.get(name))
+            name: _parameter(w, letters[f"groups/{name}"][1:], quant, hessians.get(name))
             for name, w in tree.paths(own).items()
         }
         states = [(_go_on(group, tree.nest(made), x, where), where) for x, where in states]
@@ -62,24 +62,24 @@ def quantise(
     return tree.nest({**outer, **stacked})
 
 
-def _counts(letters: str) -> bool:
-    """Whether a parameter is one whose size counts: a table of positions is small."""
-    return dims.is_matrix(letters) and "R" not in letters
+def scheme(letters: str, quant: config.Quant) -> tuple[int, int]:
+    """Bits of a parameter and how many values share a scale, 0: all. (0, 0): it stays as it is.
+
+    Its letters are those without L. A table of positions is small; what has the vocabulary keeps 8 bits.
+    """
+    if not dims.is_matrix(letters) or "R" in letters:
+        return 0, 0
+    return (4, quant.group) if quant.bits == 4 and "V" not in letters else (8, 0)
 
 
-def _matrix(w, letters: str, quant: config.Quant, hessian):
-    if not _counts(letters):
+def _parameter(w, letters: str, quant: config.Quant, hessian=None):
+    bits, group = scheme(letters, quant)
+    if not bits:
         return w
-    group = quant.group if quant.bits == 4 else 0
-    if hessian is None:
-        return _nearest(w, letters, quant.bits, group, quant.activations)
-    return gptq(w, hessian, rounding.grid(letters, w.shape, group), quant.bits)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _nearest(w, letters: str, bits: int, group: int, activations: str = "compute") -> Quantised:
-    made = rounding.nearest(w, rounding.grid(letters, w.shape, group), bits)
-    return Quantised(made.values, made.scale, activations)
+    cut = rounding.grid(letters, w.shape, group)
+    if hessian is not None:
+        return gptq(w, hessian, cut, bits)
+    return dataclasses.replace(rounding.nearest(w, cut, bits), activations=quant.activations)
 
 
 @functools.partial(jax.jit, static_argnames="module")

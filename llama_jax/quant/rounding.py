@@ -1,5 +1,6 @@
 """A matrix to whole numbers: which values share a scale, the scale, the nearest numbers."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ def grid(letters: str, shape: tuple[int, ...], group: int) -> Grid:
     return Grid(contracted, (*counts[2 - contracted :], *shape[contracted:]))
 
 
+@functools.partial(jax.jit, static_argnames=("cut", "bits"))
 def nearest(w: jax.Array, cut: Grid, bits: int) -> Quantised:
     """Each value to the nearest number: values of the shape of w, one scale a block."""
     split, over = _split(w.shape, cut.blocks)
