@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from llama_jax import config
-from llama_jax.convert import folder, formats, names
+from llama_jax.convert import folder, formats, names, native
+from llama_jax.model import transformer
 
 # All sizes different; kv heads and every width divide by 2.
 MODEL = config.Model(
@@ -129,3 +130,10 @@ def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> Non
 def assert_nothing_written(to: Path) -> None:
     assert not to.exists()
     assert not to.with_name(to.name + ".unfinished").exists()
+
+
+def stories(shared, layout, to):
+    """The real small network, imported: its source, module and parameters."""
+    source = convert(shared("checkpoints/stories260K/stories260K.bin"), to, "native")
+    module = transformer.build(source.model, layout)
+    return source, module, native.load(to, module)

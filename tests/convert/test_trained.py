@@ -22,9 +22,7 @@ FOLDER = "checkpoints/stories260K/"
 def imported(shared, layout, tmp_path_factory):
     """Folder, source, module and parameters of stories260K."""
     to = tmp_path_factory.mktemp("stories") / "native"
-    source = small.convert(shared(FOLDER + "stories260K.bin"), to, "native")
-    module = transformer.build(source.model, layout)
-    return to, source, module, native.load(to, module)
+    return to, *small.stories(shared, layout, to)
 
 
 @pytest.fixture(scope="module")

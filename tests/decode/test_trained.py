@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from llama_jax import config
-from llama_jax.convert import formats, native
+from llama_jax.convert import formats
 from llama_jax.decode.engine import Engine
 from llama_jax.decode.generate import Decoder, Request
 from llama_jax.decode.speculative import Speculative
@@ -21,9 +21,8 @@ FOLDER = "checkpoints/stories260K/"
 @pytest.fixture(scope="module")
 def loaded(shared, layout, tmp_path_factory):
     to = tmp_path_factory.mktemp("stories") / "native"
-    source = small.convert(shared(FOLDER + "stories260K.bin"), to, "native")
-    module = transformer.build(source.model, layout)
-    return module, native.load(to, module), formats.loaded(source.tokenizer)
+    source, module, params = small.stories(shared, layout, to)
+    return module, params, formats.loaded(source.tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from llama_jax import config
-from llama_jax.convert import formats, native
-from llama_jax.model import transformer
+from llama_jax.convert import formats
 from llama_jax.quant.network import quantise
 from tests.convert import small
 from tests.model.test_cache import whole
@@ -20,14 +19,13 @@ FOLDER = "checkpoints/stories260K/"
 @pytest.fixture(scope="module")
 def loaded(shared, layout, tmp_path_factory):
     to = tmp_path_factory.mktemp("stories") / "native"
-    source = small.convert(shared(FOLDER + "stories260K.bin"), to, "native")
-    module = transformer.build(source.model, layout)
+    source, module, params = small.stories(shared, layout, to)
     tokenizer = formats.loaded(source.tokenizer)
     texts = json.loads(shared(FOLDER + "expected.json").read_text()).values()
     rows = [
         [tokenizer.bos, *tokenizer.encode(text)][:128] for text in texts if isinstance(text, str)
     ]
-    return module, native.load(to, module), np.array([row for row in rows if len(row) == 128])
+    return module, params, np.array([row for row in rows if len(row) == 128])
 
 
 @pytest.mark.parametrize(
