@@ -27,11 +27,7 @@ class Loaded(NamedTuple):
 def load(folder: Path, decode: config.Decode, mesh: config.Mesh) -> Loaded:
     """ValueError if the folder has no network or no tokenizer."""
     folder = folder.expanduser().absolute()
-    model, context, file = native.settings(folder)
-    if file is None:
-        raise ValueError(f"{folder} has no tokenizer: convert it again with --tokenizer=FILE")
-    tokenizer = formats.loaded(file)
-    formats.check_ids(tokenizer, model)
+    model, context, tokenizer = settings(folder)
     module = transformer.build(model, sharding.make(mesh, jax.devices()))
     turns = {tokenizer.special.get(f"<|{name}|>") for name in ("eot_id", "eom_id")} - {None}
     named = {
@@ -41,6 +37,16 @@ def load(folder: Path, decode: config.Decode, mesh: config.Mesh) -> Loaded:
     return Loaded(
         Engine(module, native.load(folder, module), decode), tokenizer, context, ends, folder
     )
+
+
+def settings(folder: Path) -> tuple[config.Model, int, Tokenizer]:
+    """Of a folder: its network's, the positions it was trained for, its tokenizer. ValueError without."""
+    model, context, file = native.settings(folder)
+    if file is None:
+        raise ValueError(f"{folder} has no tokenizer: convert it again with --tokenizer=FILE")
+    tokenizer = formats.loaded(file)
+    formats.check_ids(tokenizer, model)
+    return model, context, tokenizer
 
 
 def with_draft(target: Loaded, draft: Loaded, proposals: int) -> Loaded:

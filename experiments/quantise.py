@@ -11,6 +11,7 @@ text from the same place that the calibration did not read.
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,16 +20,16 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments import cli
+from experiments import cli, loading
 from llama_jax import config, sharding, tree
-from llama_jax.convert import formats, native
+from llama_jax.convert import native, smaller
 from llama_jax.data import iterator, prepare
 from llama_jax.decode.engine import Engine
 from llama_jax.decode.generate import Decoder, Request
 from llama_jax.eval import score
 from llama_jax.model import transformer
 from llama_jax.model.transformer import Transformer
-from llama_jax.quant.network import quantise
+from llama_jax.quant.network import quantise, scheme
 from llama_jax.tokenizer.base import Tokenizer
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the model.", required=True)
@@ -42,9 +43,9 @@ AT_ONCE = 8192  # tokens that go through the network together
 class Rows(NamedTuple):
     """Tokens, [R, T] of each."""
 
-    calibration: np.ndarray
-    measured: np.ndarray
     origin: str
+    calibration: np.ndarray
+    measured: Callable[[], np.ndarray]  # in the end: to draw them takes time
 
 
 def main() -> int:
@@ -54,40 +55,52 @@ def main() -> int:
     quant = config.from_dict(CONFIG.value.quant.to_dict(), config.Quant, "quant")
     mesh = config.from_dict(CONFIG.value.mesh.to_dict(), config.Mesh, "mesh")
     origin, to = (Path(flag.value).expanduser().absolute() for flag in (CHECKPOINT, TO))
-    native.check_new(to)
     if native.is_native(origin) and (said := native.quantised(origin)):
         raise ValueError(
             f"{origin} holds weights of {said.bits} bits already; give what it came of"
         )
-    model, context, file = native.settings(origin)
-    if file is None:
-        raise ValueError(f"{origin} has no tokenizer: convert it again with --tokenizer=FILE")
-    tokenizer = formats.loaded(file)
+    model, context, tokenizer = loading.settings(origin)
     module = transformer.build(model, sharding.make(mesh, jax.devices()))
     length = min(context, quant.row_tokens)
-    rows = texts(origin, module, tokenizer, quant.rows if quant.reads_text else 0, length)
-    print(f"{rows.origin}: {len(rows.measured)} rows of {length} tokens are measured", end="")
-    print(f", {len(rows.calibration)} calibrate" if quant.reads_text else "")
-
-    params = native.load(origin, module)
-    size = max(AT_ONCE // length, 1)
-    batches = [rows.calibration[at : at + size] for at in range(0, len(rows.calibration), size)]
-    with tqdm(total=model.groups, desc="quantising", unit="layer") as bar:
-        made = quantise(module, params, quant, batches, bar.update)
-    native.save_quantised(to, origin, made, quant, model, context)
-    before, after = (tree.gib(one) * 2**30 for one in (params, made))
-    count = tree.count(params)
-    first, second = (nats(module, one, rows.measured) for one in (params, made))
-    print(f"\n{'':20}{'MB':>10}{'bits each':>12}{'perplexity':>14}")
-    for what, size, found in (("as it was", before, first), (name(quant), after, second)):
-        print(
-            f"{what:20}{size / 1e6:>10,.2f}{8 * size / count:>12.2f}{math.exp(found.mean()):>14.4f}"
-        )
-    more = second - first
-    error = more.std(ddof=1) / math.sqrt(len(more)) if len(more) > 1 else math.inf
-    print(f"perplexity {math.expm1(more.mean()):+.3%} +- {error:.3%} (standard error over rows)")
+    with smaller.new(to, origin, stored(module, quant)) as place:
+        rows = texts(origin, module, tokenizer, quant.rows if quant.reads_text else 0, length)
+        params = native.load(origin, module)
+        size = max(AT_ONCE // length, 1)
+        batches = [rows.calibration[at : at + size] for at in range(0, len(rows.calibration), size)]
+        with tqdm(total=model.groups, desc="quantising", unit="layer") as bar:
+            made = quantise(module, params, quant, batches, bar.update)
+        smaller.write(place, origin, made, quant, rows.origin)
     print(f"written to {to}")
+    report(module, params, made, quant, rows)
     return 0
+
+
+def stored(module: Transformer, quant: config.Quant) -> float:
+    """Bytes of the network in smaller weights, about: without their scales."""
+    letters = tree.paths(transformer.letters(module))
+    return sum(
+        leaf.size * (scheme(letters[name].removeprefix("L"), quant)[0] or 32) / 8
+        for name, leaf in tree.paths(transformer.abstract(module)).items()
+    )
+
+
+def report(module: Transformer, params: Any, made: Any, quant: config.Quant, rows: Rows) -> None:
+    """What was gained and lost, as a table."""
+    measured = rows.measured()
+    print(
+        f"\n{rows.origin}: {len(measured)} rows of {measured.shape[1]} tokens are measured", end=""
+    )
+    print(f", {len(rows.calibration)} calibrated" if quant.reads_text else "")
+    print(f"\n{'':20}{'MB':>10}{'bits each':>12}{'perplexity':>14}")
+    count, found = tree.count(params), []
+    for what, one in (("as it was", params), (name(quant), made)):
+        size = 1e-6 * 2**30 * tree.gib(one)
+        found.append(nats(module, one, measured))
+        perplexity = math.exp(found[-1].mean())
+        print(f"{what:20}{size:>10,.2f}{8e6 * size / count:>12.2f}{perplexity:>14.4f}")
+    more = found[1] - found[0]
+    error = more.std(ddof=1) / math.sqrt(len(more))
+    print(f"perplexity {math.expm1(more.mean()):+.3%} +- {error:.3%} (standard error over rows)")
 
 
 def name(quant: config.Quant) -> str:
@@ -97,11 +110,12 @@ def name(quant: config.Quant) -> str:
 
 
 def texts(folder: Path, module: Transformer, tokenizer: Tokenizer, rows: int, length: int) -> Rows:
-    """`rows` to calibrate on, and MEASURED others."""
+    """`rows` to calibrate on, and up to MEASURED others; of `length` tokens or a little less."""
     if TEXT.value:
         return of_file(Path(TEXT.value), tokenizer, rows, length)
     if (folder / "run.json").is_file():
-        return of_run(config.from_dict(json.loads((folder / "run.json").read_text())), module, rows)
+        run = config.from_dict(json.loads((folder / "run.json").read_text()))
+        return of_run(run, module, rows, length)
     return own(folder, module, tokenizer, rows, length)
 
 
@@ -111,52 +125,76 @@ def of_file(path: Path, tokenizer: Tokenizer, rows: int, length: int) -> Rows:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--text={path} cannot be read ({error})") from error
     at = len(text) * 9 // 10
+    calibration = cut(text[:at], tokenizer, rows, length)
+    measured = cut(text[at:], tokenizer, MEASURED, length)
+    if len(measured) < 2:
+        raise ValueError(
+            f"--text={path} is too short: its last tenth has {len(measured)} rows of {length} tokens, "
+            "and 2 are needed; try a longer one, or a smaller --config.quant.row_tokens"
+        )
+    if len(calibration) < rows:
+        raise ValueError(
+            f"--text={path} has {len(calibration)} rows of {length} tokens before its last tenth; try a "
+            f"longer one, a smaller --config.quant.row_tokens or --config.quant.rows={len(calibration)}"
+        )
+    return Rows(str(path), calibration, lambda: measured)
 
-    def cut(part: str, most: int) -> np.ndarray:
-        """Rows that begin as texts do."""
-        tokens, wide = tokenizer.encode(part), length - 1
-        count = min(len(tokens) // wide, most)
-        body = np.array(tokens[: count * wide], np.int32).reshape(count, wide)
-        return np.concatenate([np.full((count, 1), tokenizer.bos, np.int32), body], axis=1)
 
-    found = Rows(cut(text[:at], rows), cut(text[at:], MEASURED), str(path))
-    if not len(found.measured) or (rows and not len(found.calibration)):
-        raise ValueError(f"--text={path} is too short: its last tenth must have {length} tokens")
-    return found
+def cut(text: str, tokenizer: Tokenizer, most: int, length: int) -> np.ndarray:
+    """Up to `most` rows that begin as texts do; no more of the text is encoded than that takes."""
+    wide = length - 1
+    read, tokens = 4 * most * wide, []
+    while most:
+        tokens = tokenizer.encode(text[:read])
+        if len(tokens) >= most * wide or read >= len(text):
+            break
+        read *= 2
+    count = min(len(tokens) // wide, most)
+    body = np.array(tokens[: count * wide], np.int32).reshape(count, wide)
+    return np.concatenate([np.full((count, 1), tokenizer.bos, np.int32), body], axis=1)
 
 
-def of_run(run: config.Run, module: Transformer, rows: int) -> Rows:
+def of_run(run: config.Run, module: Transformer, rows: int, length: int) -> Rows:
     """What the run was trained on, in its order, and what it was validated on."""
     prepared = prepare.prepare(run.data, run.model.vocab_size)
     size = run.train.batch_size
     load = iterator.loader(run, prepared, 0, size)
-    steps = -(-rows // size)
-    inputs = [load(step).batch.tokens_BT for step in range(steps)]
+    inputs = [load(step).batch.tokens_BT for step in range(-(-rows // size))]
     held = []
     for batch in iterator.validation(run, prepared, module.layout):
-        held.append(np.asarray(batch.tokens_BT))
+        held.append(np.asarray(batch.tokens_BT)[np.asarray(batch.weights_BT).any(axis=1)])
         if sum(map(len, held)) >= MEASURED:
             break
+    measured = np.concatenate(held)[:MEASURED, :length]
+    if len(measured) < 2:
+        raise ValueError(
+            f"the run holds {len(measured)} rows back, and 2 are needed; give --text=FILE"
+        )
     empty = np.zeros((0, run.data.seq_len), np.int32)
-    return Rows(
-        np.concatenate([empty, *inputs])[:rows].astype(np.int32),
-        np.concatenate(held)[:MEASURED],
-        "the run's own data",
-    )
+    calibration = np.concatenate([empty, *inputs])[:rows, :length].astype(np.int32)
+    return Rows("the run's own data", calibration, lambda: measured)
 
 
 def own(folder: Path, module: Transformer, tokenizer: Tokenizer, rows: int, length: int) -> Rows:
     """Texts drawn from the network's own distribution; such that end go on with the next."""
-    decode = config.Decode(temperature=1.0, rows=32)
-    engine = Engine(module, native.load(folder, module), decode)
-    decoder = Decoder(engine, tokenizer, (), decode.rows, length)
-    requests = [Request([tokenizer.bos], length - 1, stream=(i, 0)) for i in range(rows + MEASURED)]
-    made = np.zeros((len(requests), length), np.int32)
-    with tqdm(total=len(requests), desc="its own texts", unit="row") as bar:
-        for number, result in decoder.run(requests):
-            made[number] = [tokenizer.bos, *result.tokens]
-            bar.update()
-    return Rows(made[:rows], made[rows:], "texts of the network's own")
+
+    def drawn(streams: range) -> np.ndarray:
+        made = np.zeros((len(streams), length), np.int32)
+        if not streams:
+            return made
+        decode = config.Decode(temperature=1.0, rows=32)
+        decoder = Decoder(
+            Engine(module, native.load(folder, module), decode), tokenizer, (), decode.rows, length
+        )
+        requests = [Request([tokenizer.bos], length - 1, stream=(i, 0)) for i in streams]
+        with tqdm(total=len(requests), desc="its own texts", unit="row") as bar:
+            for number, result in decoder.run(requests):
+                made[number] = [tokenizer.bos, *result.tokens]
+                bar.update()
+        return made
+
+    measured = range(rows, rows + MEASURED)
+    return Rows("texts of the network's own", drawn(range(rows)), lambda: drawn(measured))
 
 
 def nats(module: Transformer, params: Any, rows: np.ndarray) -> np.ndarray:

@@ -1,18 +1,15 @@
 """The destination of a conversion: prepared beside its final name, completed, renamed at the very end."""
 
 import contextlib
-import fcntl
 import json
 import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llama_jax import config
-from llama_jax.convert import formats, hf, job, meta_params, native, targets
+from llama_jax.convert import formats, hf, job, meta_params, native, stage, targets
 from llama_jax.convert.source import Source
 from llama_jax.tokenizer.hf import hf_files
 
@@ -30,35 +27,33 @@ def convert(source: Source, to: Path, kind: str, dtype: np.dtype | None, progres
     A call that was killed goes on from what is there, when made again. progress(bytes of the source done).
     """
     config.choose(CHECKS, kind, "--format")(source.model)
-    _check_free(to)
-    stage = to.with_name(to.name + ".unfinished")
-    _check_stage(source, to, stage)
+    place = stage.check(to, source.files, job.is_unfinished)
     dtypes = {name: dtype or own for name, own in source.dtypes.items()}
     beside = small_files(source, kind, dtypes)
     _announce_context(source, kind, report)
-    with _held(stage, to):
+    with stage.held(place, to):
         # Killed while Orbax took the arrays over: some are moved already, and it starts anew.
-        handing_over = any(stage.glob(native.PARAMS + "*"))
-        journal = job.Journal(stage, _key(source, kind, dtype), anew=handing_over)
+        handing_over = any(place.glob(native.PARAMS + "*"))
+        journal = job.Journal(place, _key(source, kind, dtype), anew=handing_over)
         if journal.remembered:
-            report(f"going on in {stage}: {len(journal.remembered)} tensors are there")
-        _check_space(source, dtypes, journal, stage)
+            report(f"going on in {place}: {len(journal.remembered)} tensors are there")
+        _check_space(source, dtypes, journal, place)
         try:
-            target = targets.TARGETS[kind](stage, source.model, dtypes)
+            target = targets.TARGETS[kind](place, source.model, dtypes)
             with contextlib.closing(target):
                 job.transfer(source, target, journal, dtype, progress)
             for name, content in beside.items():
-                (stage / name).parent.mkdir(exist_ok=True)
-                (stage / name).write_bytes(content)
+                (place / name).parent.mkdir(exist_ok=True)
+                (place / name).write_bytes(content)
             if to.exists():
                 to.rmdir()
         except ValueError:
             journal.discard()
             raise
         except OSError as error:
-            raise OSError(f"{stage} ({error}); the same command goes on from there") from error
+            raise OSError(f"{place} ({error}); the same command goes on from there") from error
         journal.remove()
-        os.replace(stage, to)
+        os.replace(place, to)
     return to
 
 
@@ -72,78 +67,24 @@ def _announce_context(source: Source, kind: str, report) -> None:
             )
 
 
-def _check_free(to: Path) -> None:
-    if to.is_symlink() or (to.exists() and not to.is_dir()):
-        raise ValueError(f"--to={to} is a link or a file; name a new folder")
-    if to.exists() and any(to.iterdir()):
-        raise ValueError(f"--to={to} is there already; name a new folder")
-
-
-def _check_stage(source: Source, to: Path, stage: Path) -> None:
-    """Nothing that is not ours is written over or removed."""
-    for file in source.files:
-        for place in (stage, to):
-            if file.resolve().is_relative_to(place.resolve()):
-                raise ValueError(f"{file} lies in {place}, which is written; name another --to")
-    if stage.is_symlink() or (stage.exists() and not job.is_unfinished(stage)):
-        raise ValueError(f"{stage} is not an unfinished conversion; move it or name another --to")
-
-
-@contextlib.contextmanager
-def _held(stage: Path, to: Path) -> Iterator[None]:
-    """The folder, made if it is not there, for this process alone.
-
-    The lock is on the folder itself: it goes along when the folder is renamed, and with the process.
-    """
-    try:
-        stage.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(stage, os.O_RDONLY)
-    except OSError as error:
-        raise ValueError(f"--to={to} cannot be written: {error.strerror}") from error
-    try:
-        if not _lock(descriptor) or not _is_at(descriptor, stage):
-            raise ValueError(
-                f"another conversion is writing {stage}; wait for its end or name another --to"
-            )
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks, as some of clusters are
-        return True
-    return True
-
-
-def _is_at(descriptor: int, place: Path) -> bool:
-    """Not so if another process has renamed the folder before it was locked here."""
-    return place.exists() and os.path.samestat(os.fstat(descriptor), place.stat())
-
-
 def _key(source: Source, kind: str, dtype: np.dtype | None) -> str:
     """What a journal is valid for: the same bytes, going the same way."""
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
     return json.dumps([JOURNAL, kind, str(dtype), stats])
 
 
-def _check_space(source: Source, dtypes, journal: job.Journal, stage: Path) -> None:
+def _check_space(source: Source, dtypes, journal: job.Journal, place: Path) -> None:
     need = sum(
         job.nbytes(unit, source) // source.dtypes[unit.hf].itemsize * dtypes[unit.hf].itemsize
         for unit in job.names.units(source.model)
         if unit.hf not in journal.remembered
     )
-    free = shutil.disk_usage(stage).free
-    if need > free:
+    try:
+        stage.check_space(place, need)
+    except OSError:
         if not journal.remembered:
             journal.discard()
-        raise OSError(
-            f"{stage} needs {need / 2**30:.1f} GiB more, but {free / 2**30:.1f} GiB are free"
-        )
+        raise
 
 
 def small_files(source: Source, kind: str, dtypes: dict[str, np.dtype]) -> dict[str, bytes]:

@@ -6,9 +6,6 @@ its devices hold), the tokenizer's file, and `huggingface/` when small files cam
 """
 
 import functools
-import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ from llama_jax.convert import json_file, names
 from llama_jax.convert.names import Unit
 from llama_jax.convert.source import Source, Tokenizer, tokenizer_of
 from llama_jax.model import transformer
-from llama_jax.model.quantised import Quantised, spread
+from llama_jax.model.quantised import Quantised, check_blocks, spread
 from llama_jax.model.transformer import Transformer
 
 MODEL, PARAMS, TOKENIZER, CARRIED = "model.json", "params", "tokenizer.model", "huggingface"
@@ -77,10 +74,9 @@ def load(folder: Path, module: Transformer) -> Any:
     for name, leaf in tree.paths(transformer.abstract(module)).items():
         values, scale = f"{name}/values", f"{name}/scale"
         if said and values in arrays and scale in arrays:
-            wanted[name] = (
-                one(values, leaf.shape),
-                one(scale, _blocks(arrays[scale], leaf, folder)),
-            )
+            blocks = _blocks(arrays[scale], leaf, folder)
+            check_blocks(module.layout, letters[name], blocks, f"{folder}: {name}")
+            wanted[name] = one(values, leaf.shape), one(scale, blocks)
         else:
             wanted[name] = (one(name, leaf.shape, leaf.dtype),)
 
@@ -112,48 +108,6 @@ def quantised(folder: Path) -> config.Quant | None:
         return None
     said = json_file.read(folder / MODEL).get(QUANT)
     return None if said is None else config.from_dict(said, config.Quant, QUANT)
-
-
-def check_new(folder: Path) -> None:
-    """ValueError unless `save_quantised` can make the folder: nothing of somebody else's is in its way."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--to={folder} is there already; name a new folder")
-    stage = _stage(folder)
-    ours = (PARAMS, MODEL, TOKENIZER)
-    foreign = [p.name for p in stage.glob("*") if not p.name.startswith(ours)]
-    if foreign or (stage.exists() and not stage.is_dir()):
-        raise ValueError(f"{stage} is not ours: move it or name another --to")
-
-
-def _stage(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".unfinished")
-
-
-def save_quantised(
-    folder: Path, origin: Path, params: Any, quant: config.Quant, model: config.Model, context: int
-) -> None:
-    """A new folder with the network of `origin` in smaller weights. It is there when it is complete."""
-    check_new(folder)
-    _, _, tokenizer = settings(origin)
-    stage = _stage(folder)
-    if stage.exists():  # of a call that was killed
-        shutil.rmtree(stage)
-    stage.mkdir(parents=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((stage / PARAMS).absolute(), tree.nest(tree.paths(params)))
-    said = {
-        "model": config.to_dict(model),
-        "context": context,
-        "tokenizer": tokenizer.kind if tokenizer else "none",
-        QUANT: config.to_dict(quant),
-        "from": {"format": "native", "files": [origin.name]},
-    }
-    (stage / MODEL).write_text(json.dumps(said, indent=2) + "\n")
-    if tokenizer and tokenizer.content:
-        (stage / TOKENIZER).write_bytes(tokenizer.content)
-    if folder.exists():
-        folder.rmdir()
-    os.replace(stage, folder)
 
 
 def _loaded(

@@ -15,7 +15,7 @@ INPUTS = "inputs"  # the collection that takes what goes into each matrix, when 
 
 
 def linear(module: nn.Module, name: str, letters: str, x: jax.Array, role: str) -> jax.Array:
-    """`einsum(letters, x, w)`, w the parameter `name`, which begins or ends with the contracted letters.
+    """`einsum(letters, x, w)`, w the parameter `name`, which begins with the contracted letters.
 
     "BNTH,NHD->BTD". Roles: see `init.initial`.
     """

@@ -37,21 +37,33 @@ class Quantised:
         return self.values.shape
 
     def dense(self, dtype) -> jax.Array:
-        """The matrix; blocks are a dimension of their own on the way."""
+        """The matrix."""
         counts = self.scale.shape
-        split = [
-            n
-            for size, count in zip(self.shape, counts, strict=True)
-            for n in (count, size // count)
-        ]
-        blocks = self.values.reshape(split).astype(dtype)
-        scale = self.scale.reshape([n for count in counts for n in (count, 1)])
+        blocks = self.values.reshape(split(self.shape, counts)).astype(dtype)
+        scale = self.scale.reshape(split(counts, counts))
         return (blocks * scale.astype(dtype)).reshape(self.shape)
+
+
+def split(shape: tuple[int, ...], blocks: tuple[int, ...]) -> list[int]:
+    """The shape with each dimension as two: its blocks, and what is within one."""
+    return [n for size, count in zip(shape, blocks, strict=True) for n in (count, size // count)]
 
 
 def spread(letters: str, shape: tuple[int, ...]) -> str:
     """The letters of scales, for sharding: along a dimension of one block there is nothing to spread."""
     return "".join(x if size > 1 else "H" for x, size in zip(letters, shape, strict=True))
+
+
+def check_blocks(layout, letters: str, blocks: tuple[int, ...], name: str) -> None:
+    """ValueError if a matrix is cut into a number of blocks that the mesh does not divide."""
+    try:
+        layout.check(blocks, spread(letters, blocks), name)
+    except ValueError:
+        axes = ", ".join(f"{axis}={n}" for axis, n in layout.mesh.shape.items() if n > 1)
+        raise ValueError(
+            f"{name}: its {list(blocks)} blocks, one scale each, do not spread evenly over the mesh {axes}; "
+            "take weights of a smaller quant.group, or another mesh"
+        ) from None
 
 
 def product(letters: str, x: jax.Array, w: Quantised, dtype=None) -> jax.Array:

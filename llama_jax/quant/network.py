@@ -27,13 +27,18 @@ def quantise(
 ) -> Any:
     """Parameters (stacked, as `transformer.init` gives them) with every matrix quantised.
 
-    Matrices of layers have `quant.bits`, the embedding and the output matrix 8. batches: tokens [B, T], all
-    of one shape, whose inputs to each matrix "gptq" reads; those of later layers come out of quantised
-    earlier ones (arXiv:2210.17323 section 4, setup). progress() after each group of layers.
+    Matrices of layers have `quant.bits`, the embedding and the output matrix 8. batches: tokens [B, T], a
+    program for each shape, whose inputs to each matrix "gptq" reads; those of a group of layers come out of
+    the quantised groups before it (arXiv:2210.17323 section 4, setup). progress() after each group.
+
+    ValueError if a parameter, or what goes into it, holds a value that is not finite, and if batches are
+    given to what reads none, or not given.
     """
+    if bool(len(batches)) != quant.reads_text:
+        raise ValueError(f"{quant} reads {'a text' if quant.reads_text else 'no text'}")
     letters = tree.paths(transformer.letters(module))
     outer = {
-        name: _parameter(w, letters[name], quant)
+        name: _parameter(name, w, letters[name], quant)
         for name, w in tree.paths({k: v for k, v in params.items() if k != "groups"}).items()
     }
     single = transformer.unstacked(module)
@@ -46,10 +51,10 @@ def quantise(
         for x_BTD, where in states:
             found = _hessians(group, own, x_BTD, where)
             hessians = {name: hessians.get(name, 0.0) + h for name, h in found.items()}
-        made = {
-            name: _parameter(w, letters[f"groups/{name}"][1:], quant, hessians.get(name))
-            for name, w in tree.paths(own).items()
-        }
+        made = {}
+        for name, w in tree.paths(own).items():
+            of = letters[f"groups/{name}"][1:]
+            made[name] = _parameter(f"{name} of group {i}", w, of, quant, hessians.get(name))
         states = [(_go_on(group, tree.nest(made), x, where), where) for x, where in states]
         done.append(jax.block_until_ready(made))
         progress()
@@ -72,14 +77,21 @@ def scheme(letters: str, quant: config.Quant) -> tuple[int, int]:
     return (4, quant.group) if quant.bits == 4 and "V" not in letters else (8, 0)
 
 
-def _parameter(w, letters: str, quant: config.Quant, hessian=None):
+def _parameter(name: str, w, letters: str, quant: config.Quant, hessian=None):
+    _check_finite(name, w)
     bits, group = scheme(letters, quant)
     if not bits:
         return w
     cut = rounding.grid(letters, w.shape, group)
-    if hessian is not None:
+    if bits == 4 and quant.reads_text:
+        _check_finite(f"what goes into {name}", hessian)
         return gptq(w, hessian, cut, bits)
     return dataclasses.replace(rounding.nearest(w, cut, bits), activations=quant.activations)
+
+
+def _check_finite(name: str, x) -> None:
+    if not jnp.isfinite(x).all():
+        raise ValueError(f"{name} holds a value that is not finite: it cannot be rounded")
 
 
 @functools.partial(jax.jit, static_argnames="module")

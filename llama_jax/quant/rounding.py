@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llama_jax.model.quantised import Quantised
+from llama_jax.model.quantised import Quantised, split
 
 STEPS = {8: 127, 4: 8}  # from 0 to the largest
 SHRINK = 24  # scales that are tried for a block of 4 bits, of either sign
@@ -23,15 +23,16 @@ class Grid(NamedTuple):
 def grid(letters: str, shape: tuple[int, ...], group: int) -> Grid:
     """Blocks of `group` values that are multiplied with the same entries of x and added up.
 
-    Of another size where that does not divide them: the nearest ratio that does. group 0: of all.
-    A table's row is a block.
+    Of another size where that does not divide them: the nearest ratio that does, not below half of it,
+    where scales would take as much as values. group 0: of all. A table's row is a block.
     """
     if letters[0] == "V":
         return Grid(0, (shape[0], 1))
     contracted = letters.index("D") if letters[0] != "D" else 1
     outer, inner = math.prod(shape[: contracted - 1]), shape[contracted - 1]
-    sizes = _divisors(inner) + [inner * n for n in _divisors(outer)]
-    size = min(sizes, key=lambda n: abs(math.log(n / (group or outer * inner))))
+    sizes = divisors(inner) + [inner * n for n in divisors(outer)]
+    wanted = min(group or outer * inner, outer * inner)
+    size = min((n for n in sizes if 2 * n >= wanted), key=lambda n: abs(math.log(n / wanted)))
     counts = [max(outer * inner // max(size, inner), 1), max(inner // size, 1)]
     return Grid(contracted, (*counts[2 - contracted :], *shape[contracted:]))
 
@@ -39,9 +40,8 @@ def grid(letters: str, shape: tuple[int, ...], group: int) -> Grid:
 @functools.partial(jax.jit, static_argnames=("cut", "bits"))
 def nearest(w: jax.Array, cut: Grid, bits: int) -> Quantised:
     """Each value to the nearest number: values of the shape of w, one scale a block."""
-    split, over = _split(w.shape, cut.blocks)
-    blocks = w.astype(jnp.float32).reshape(split)
-    scale = best_scale(blocks, 1.0, over, bits)
+    blocks = w.astype(jnp.float32).reshape(split(w.shape, cut.blocks))
+    scale = best_scale(blocks, 1.0, tuple(range(1, blocks.ndim, 2)), bits)
     values = whole(blocks, scale, bits).reshape(w.shape)
     return Quantised(values.astype(f"int{bits}"), scale.reshape(cut.blocks).astype(jnp.bfloat16))
 
@@ -82,11 +82,5 @@ def whole(values, scale, bits: int) -> jax.Array:
     return jnp.clip(jnp.round(values / scale), -steps, min(steps, 2 ** (bits - 1) - 1))
 
 
-def _split(shape, blocks) -> tuple[list[int], tuple[int, ...]]:
-    """The shape with each dimension cut into blocks, and the dimensions within them."""
-    split = [n for size, count in zip(shape, blocks, strict=True) for n in (count, size // count)]
-    return split, tuple(range(1, 2 * len(shape), 2))
-
-
-def _divisors(n: int) -> list[int]:
+def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]

@@ -20,7 +20,7 @@ import pytest
 
 from benchmarks import synthetic
 from llama_jax import config, sharding
-from llama_jax.convert import folder, formats, meta_params, names, native, pth, safetensors
+from llama_jax.convert import folder, formats, meta_params, names, native, pth, safetensors, stage
 from llama_jax.model import transformer
 from tests.convert import small
 from tests.convert.small import MODEL
@@ -902,7 +902,7 @@ def test_a_second_conversion_to_the_same_place_is_refused_while_one_writes(tmp_p
 def test_a_folder_that_is_renamed_before_it_is_locked_is_not_written(tmp_path, to, monkeypatch):
     """Between opening and locking, the other conversion may have come to its end."""
     came = small.hf(tmp_path / "hf")
-    monkeypatch.setattr(folder, "_lock", lambda _: bool(to.with_name("to.unfinished").rename(to)))
+    monkeypatch.setattr(stage, "_lock", lambda _: bool(to.with_name("to.unfinished").rename(to)))
     with pytest.raises(ValueError, match="another conversion is writing"):
         small.convert(came, to, "hf")
     assert not any(to.iterdir())

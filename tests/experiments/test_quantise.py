@@ -31,12 +31,14 @@ def quantise(model, to, *flags):
 
 
 def test_on_a_text_and_what_comes_of_it_goes_on_with_texts(model, tmp_path):
-    text = helpers.text(tmp_path / "text.txt", 4000)
+    text = helpers.text(tmp_path / "text.txt", 8000)
+    (model / "huggingface/chat_template.jinja").write_text("{{ messages }}")
     for bits, flags in (("8.", ["--config.quant.activations=int16"]), ("4.", FOUR)):
         to = tmp_path / bits
         done = quantise(model, to, f"--text={text}", *flags)
         assert done.returncode == 0, done.stderr
-        assert float(PERPLEXITY.search(done.stdout)[2]) > 0
+        assert 0 < float(PERPLEXITY.search(done.stdout)[2]) < 10  # of random weights
+        assert (to / "huggingface/chat_template.jinja").read_text() == "{{ messages }}"
         size = sum(file.stat().st_size for file in to.rglob("*"))
         assert size < sum(file.stat().st_size for file in model.rglob("*"))
         asked = ["--prompt=w1 w2", "--config.decode.max_new_tokens=8"]
@@ -55,9 +57,12 @@ def test_a_run_is_calibrated_on_its_own_data(tmp_path):
     for name, flags, most in (("eight", [], 0.1), ("four", FOUR[:2], 2)):
         done = quantise(tmp_path / "run", tmp_path / name, *flags)
         assert done.returncode == 0, done.stderr
-        assert "the run's own data: " in done.stdout
-        assert ("8 calibrate" in done.stdout) == (name == "four")
+        # 12 rows are held back, and fill batches of 8.
+        assert "the run's own data: 12 rows of 32 tokens are measured" in done.stdout
+        assert ("8 calibrated" in done.stdout) == (name == "four")
         assert abs(float(PERPLEXITY.search(done.stdout)[1])) < most
+    short = quantise(tmp_path / "run", tmp_path / "short", "--config.quant.row_tokens=8")
+    assert "12 rows of 8 tokens are measured" in short.stdout
 
 
 def test_without_text_it_reads_what_it_writes(model, tmp_path):
@@ -73,6 +78,11 @@ def test_without_text_it_reads_what_it_writes(model, tmp_path):
         (["--config.quant.group=64"], "quant.group=64 has no effect while quant.bits=8"),
         (["--text=/nowhere"], "--text=/nowhere cannot be read"),
         (["--to=/tmp"], "--to=/tmp is there already; name a new folder"),
+        (["--to=/proc/nowhere/x"], "--to=/proc/nowhere/x cannot be written"),
+        (
+            ["--config.quant.bits=4", "--config.quant.row_tokens=1"],
+            "quant.row_tokens=1 must be 2 or more",
+        ),
         (["--checkpoint=/nowhere"], "/nowhere is no model of ours"),
     ],
 )
@@ -82,20 +92,25 @@ def test_what_cannot_be_done_is_one_line(model, tmp_path, flags, message):
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "small").exists()
+    assert not (tmp_path / "small.unfinished").exists()
 
 
 def test_what_lies_beside_is_left_alone(model, tmp_path):
-    text = helpers.text(tmp_path / "text.txt", 4000)
     (tmp_path / "small.unfinished").mkdir()
-    (tmp_path / "small.unfinished/thesis.tex").write_text("mine")
-    done = quantise(model, tmp_path / "small", f"--text={text}")
-    assert "small.unfinished is not ours: move it or name another --to" in done.stderr
-    (tmp_path / "small.unfinished/thesis.tex").rename(tmp_path / "small.unfinished/model.json")
-    assert quantise(model, tmp_path / "small", f"--text={text}").returncode == 0
-    assert not (tmp_path / "small.unfinished").exists()
+    (tmp_path / "small.unfinished/params_of_my_thesis.csv").write_text("mine")
+    done = quantise(model, tmp_path / "small")
+    assert (
+        "small.unfinished is not an unfinished conversion; move it or name another" in done.stderr
+    )
+    assert (tmp_path / "small.unfinished/params_of_my_thesis.csv").read_text() == "mine"
 
 
 def test_a_text_that_is_too_short_is_said(model, tmp_path):
     (tmp_path / "short.txt").write_text("a few words")
     done = quantise(model, tmp_path / "small", f"--text={tmp_path}/short.txt")
-    assert "is too short: its last tenth must have 64 tokens" in done.stderr
+    assert "is too short: its last tenth has 0 rows of 64 tokens, and 2 are needed" in done.stderr
+    text = helpers.text(tmp_path / "text.txt", 1000)
+    done = quantise(model, tmp_path / "small", f"--text={text}", "--config.quant.bits=4")
+    assert "or --config.quant.rows=" in done.stderr
+    rows = int(done.stderr.rpartition("rows=")[2])
+    assert 10 < rows < 128

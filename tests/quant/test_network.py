@@ -42,6 +42,34 @@ def test_logits_are_those_of_the_matrices_it_stands_for(layout, quant):
     close(whole(module, made, TOKENS), whole(module, dense(made), TOKENS), exact)
 
 
+@pytest.mark.parametrize("quant", QUANTS)
+def test_in_bfloat16_it_is_as_near_as_the_matrices_are(layout, quant):
+    module, params = make(dataclasses.replace(BASE, compute_dtype="bfloat16"), layout)
+    made = network.quantise(module, params, QUANTS[quant])
+    exact, _ = make(BASE, layout)
+    wanted = whole(exact, dense(made), TOKENS)
+    for found in (whole(module, made, TOKENS), in_parts(module, made, TOKENS, 64)):
+        close(found, wanted, 0.03)
+
+
+def test_what_is_not_finite_is_named(layout):
+    module, params = make(BASE, layout)
+    params["groups"]["self_0"]["ffn"]["up"] = (
+        params["groups"]["self_0"]["ffn"]["up"].at[1, 2, 3].set(jnp.nan)
+    )
+    for quant in QUANTS.values():
+        with pytest.raises(ValueError, match=r"ffn/up of group 1 holds a value that is not finite"):
+            network.quantise(module, params, quant)
+
+
+def test_a_text_is_given_to_what_reads_one_alone(layout):
+    module, params = make(BASE, layout)
+    with pytest.raises(ValueError, match="reads a text"):
+        network.quantise(module, params, config.Quant(bits=4))
+    with pytest.raises(ValueError, match="reads no text"):
+        network.quantise(module, params, QUANTS["int4"], [TOKENS])
+
+
 @pytest.mark.parametrize(
     "name", ["learned", "tied", "bias all, gated", "multi-query", "relu2", "post, plain", "mup"]
 )
