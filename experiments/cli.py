@@ -78,7 +78,8 @@ def slice_of(run: config.Run) -> str:
             "a slice is needed, as in --config=configs/7b.py:v4_32; there are "
             + ", ".join(hardware.SLICES)
         )
-    return run.mesh.hardware
+    hardware.find_slice(run.mesh.hardware, "mesh.hardware")
+    return run.mesh.hardware.replace("-", "_")
 
 
 def run(main: Callable[[], int], *errors: type[Exception], settings: Sequence[str] = ()) -> None:

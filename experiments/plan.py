@@ -31,7 +31,9 @@ ANALYTIC = flags.DEFINE_bool("analytic", False, "By formula alone, without the c
 SUGGEST = flags.DEFINE_bool("suggest", False, "Search mesh, remat, microbatches and loss chunks.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object (with --suggest, a list).")
 MARKDOWN = flags.DEFINE_bool("markdown", False, "Print a markdown table.")
-DECODE = flags.DEFINE_integer("decode", 0, "Plan generating so many texts at a time.")
+DECODE = flags.DEFINE_integer(
+    "decode", 0, "Plan generating so many texts at a time.", lower_bound=0
+)
 CONTEXT = flags.DEFINE_integer("context", 2048, "Of --decode: tokens of each.", lower_bound=1)
 BITS = flags.DEFINE_enum("bits", "16", ("16", "8", "4"), "Of --decode: of weights in layers.")
 COMPILED = 3  # layouts that --suggest asks the compiler about
@@ -41,6 +43,17 @@ def main() -> int:
     jax.config.update("jax_platforms", "cpu")
     run = cli.frozen(CONFIG)
     name = cli.slice_of(run)
+    for flag, is_of_decoding in (
+        (CONTEXT, True),
+        (BITS, True),
+        (ANALYTIC, False),
+        (SUGGEST, False),
+        (MARKDOWN, False),
+    ):
+        if flag.present and flag.value and is_of_decoding != bool(DECODE.value):
+            raise ValueError(
+                f"--{flag.name} has no effect {'without' if is_of_decoding else 'with'} --decode"
+            )
     if DECODE.value:
         return generating(run, name)
     if SUGGEST.value:
@@ -52,7 +65,6 @@ def main() -> int:
 
 def generating(run: config.Run, name: str) -> int:
     texts = decoding.Texts(DECODE.value, CONTEXT.value, int(BITS.value))
-    hardware.find_slice(name, "mesh.hardware")
     try:
         plan = decoding.plan(run, name, texts)
     except aot.DoesNotFit as error:

@@ -126,10 +126,6 @@ class Layout:
             return self.replicated
         return NamedSharding(self.mesh, self._spec(HEADS, letters))
 
-    def keep(self, x: jax.Array) -> jax.Array:
-        """Constrain what a cache holds, "BKSH" or "BKS"."""
-        return jax.lax.with_sharding_constraint(x, self.cache("BKSH"[: x.ndim]))
-
     def on_own_heads(self, attend, q_BNTH, k_BKSH, v_BKSH, segments_BT) -> jax.Array:
         """Call `attend` on each device with its own rows and heads, for kernels that see one device."""
         arrays = (*self.heads(q_BNTH, k_BKSH, v_BKSH), segments_BT)

@@ -57,12 +57,10 @@ class Engine:
         """Idle rows for texts of at most `length` tokens."""
         module, decode = self.module, self.decode
         kind = module.config.compute_dtype if decode.cache == "compute" else decode.cache
-        number = -(-number // module.layout.row_parts) * module.layout.row_parts
+        number = spread_rows(module, number)
         seen = None
         if decode.repetition_penalty != 1:
             seen = jnp.zeros((number, module.config.vocab_size), bool)
-        # A text that has ended goes on to the end of a call, and must not come round to its own beginning.
-        length += STEPS
         kept = cache.empty(module, number, places(module.config, length), kind)
         last, position = jnp.zeros(number, jnp.int32), jnp.full(number, -1, jnp.int32)
         rest = (last, position, jax.random.split(jax.random.key(0), number), seen)
@@ -115,15 +113,22 @@ class Engine:
         return advance(self.module, self.params, self.decode, rows, STEPS)
 
 
+def spread_rows(module: Transformer, number: int) -> int:
+    """At least `number`, as many on each device."""
+    return -(-number // module.layout.row_parts) * module.layout.row_parts
+
+
 def places(model: config.Model, length: int) -> int:
-    """Of a cache for texts of `length` tokens: a power of two, or three quarters of one.
+    """Of a cache for texts of `length` tokens: a multiple of 128, of long texts up to an eighth more.
 
     Of a network with a window no more than it sees and a chunk of the prompt.
     """
+    # A text that has ended goes on to the end of a call, and must not come round to its own beginning.
+    length += STEPS
     if model.window:
         length = min(length, model.window + CHUNKS[-1])
-    power = 1 << max(length - 1, 127).bit_length()
-    return power * 3 // 4 if length <= power * 3 // 4 else power
+    step = max((1 << (length - 1).bit_length()) // 16, 128)
+    return -(-length // step) * step
 
 
 @functools.partial(jax.jit, static_argnames=("module", "decode"), donate_argnames=("rows",))
@@ -176,7 +181,7 @@ def advance(module, params, decode, rows: Rows, steps: int):
 
 def placed(module, rows: Rows) -> Rows:
     """As `Engine.rows` places them."""
-    kept = jax.tree.map(module.layout.keep, rows.cache)
+    kept = cache.placed(module.layout, rows.cache)
     rest = jax.lax.with_sharding_constraint(rows[1:], module.layout.replicated)
     return Rows(kept, *rest)
 

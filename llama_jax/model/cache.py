@@ -50,6 +50,14 @@ def abstract(module, rows: int, places: int, kind: str) -> dict[str, Any]:
     return {f"group_{i}": blocks for i in range(model.groups)}
 
 
+def placed(layout, kept: Any) -> Any:
+    """A cache, constrained inside jit to where `empty` puts it."""
+    constrain = jax.lax.with_sharding_constraint
+    return jax.tree_util.tree_map_with_path(
+        lambda path, held: constrain(held, layout.cache(LETTERS[path[-1].key])), kept
+    )
+
+
 def places_of(kept: Any) -> int:
     """S of a cache, with rows or without."""
     return next(leaf for path, leaf in tree.paths(kept).items() if path.endswith("/k")).shape[-1]

@@ -11,7 +11,7 @@ from llama_jax import config, sharding, tree
 from llama_jax.analysis import hardware
 from llama_jax.decode import engine
 from llama_jax.model import cache, transformer
-from llama_jax.model.quantised import Quantised, spread
+from llama_jax.model.quantised import Quantised, check_blocks, spread
 from llama_jax.plan import aot, roofline
 from llama_jax.quant import network, rounding
 from llama_jax.sharding import Layout
@@ -40,7 +40,7 @@ class Plan:
     hbm_limit_gib: float
     weights_gib: float
     cache_gib: float
-    read_seconds: float  # weights and cache once, at the bandwidth of HBM
+    read_seconds: float  # weights that products take and cache, once, at the bandwidth of HBM
     compute_seconds: float  # the compiler's cycles
     collective_seconds: float  # bytes and hops, nothing hidden
     step_seconds_low: float
@@ -65,7 +65,8 @@ def plan(run: config.Run, name: str, texts: Texts) -> Plan:
     _, params, rows = abstract(run.model, layout, texts)
     weights, kept = (_gib_a_device(part) for part in (params, rows.cache))
     compiled = aot.compile(run, name, texts)
-    read = (weights + kept) * 2**30 / (device.hbm_gb_s * 1e9)
+    looked_up = 0.0 if run.model.output == "tied" else _gib_a_device(params["embed"])
+    read = (weights - looked_up + kept) * 2**30 / (device.hbm_gb_s * 1e9)
     took = roofline.seconds(compiled, slice_)
     collectives = sum(
         one["times"] * (roofline.collective(one, slice_) + hops(one, slice_) * HOP_SECONDS)
@@ -97,18 +98,19 @@ def abstract(model: config.Model, layout: Layout, texts: Texts) -> tuple[Any, An
     """The network, its parameters and the rows as `engine.Engine` has them: shapes and places."""
     stacked = transformer.build(model, layout)
     module = transformer.unstacked(stacked)
+    number = engine.spread_rows(module, texts.rows)
     places = engine.places(model, texts.context)
-    kept = cache.abstract(module, texts.rows, places, model.compute_dtype)
+    kept = cache.abstract(module, number, places, model.compute_dtype)
     of = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.replicated)  # noqa: E731
-    whole = of((texts.rows,), jnp.int32)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), texts.rows))
+    whole = of((number,), jnp.int32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), number))
     rows = engine.Rows(kept, whole, whole, of(keys.shape, keys.dtype))
     letters = tree.paths(transformer.letters(stacked))
     params: dict[str, Any] = {}
     for name, leaf in tree.paths(transformer.abstract(stacked)).items():
         layered = name.startswith("groups/")
         own = letters[name][layered:]
-        made = _parameter(leaf.shape[layered:], own, model.compute_dtype, layout, texts.bits)
+        made = _parameter(name, leaf.shape[layered:], own, model.compute_dtype, layout, texts.bits)
         if not layered:
             params[name] = made
         for i in range(model.groups if layered else 0):
@@ -116,7 +118,7 @@ def abstract(model: config.Model, layout: Layout, texts: Texts) -> tuple[Any, An
     return module, tree.nest(params), rows
 
 
-def _parameter(shape, letters: str, dtype: str, layout: Layout, bits: int) -> Any:
+def _parameter(name, shape, letters: str, dtype: str, layout: Layout, bits: int) -> Any:
     def part(shape, dtype):
         place = layout.param(spread(letters, shape))
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place)
@@ -125,6 +127,7 @@ def _parameter(shape, letters: str, dtype: str, layout: Layout, bits: int) -> An
     if not bits:
         return part(shape, dtype)
     blocks = rounding.grid(letters, shape, group).blocks
+    check_blocks(layout, letters, blocks, name)
     return Quantised(part(shape, f"int{bits}"), part(blocks, jnp.bfloat16))
 
 

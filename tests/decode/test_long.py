@@ -66,7 +66,7 @@ def last_logprobs(params, tokens, window):
 @pytest.mark.parametrize("window", [0, 4096])
 @pytest.mark.parametrize("length", [9_000, pytest.param(131_000, marks=pytest.mark.slow)])
 def test_a_long_prompt_is_read_to_its_beginning(layout, window, length):
-    """Through the cache in chunks; with a window the cache keeps 6,144 places."""
+    """Through the cache in chunks; with a window the cache keeps 4,608 places."""
     module = transformer.build(dataclasses.replace(TINY, window=window), layout)
     params = jax.jit(transformer.init, static_argnums=0)(module, jax.random.key(0))
     params = jax.tree.map(lambda leaf: leaf * 20 if leaf.ndim > 2 else leaf, params)
@@ -76,8 +76,6 @@ def test_a_long_prompt_is_read_to_its_beginning(layout, window, length):
     rows, said = engine.begin(engine.rows(1, length + 8), 0, tokens, jax.random.key(0))
     assert said.tokens_BX[0, 0] == wanted.argmax()
     assert float(said.logprobs_BX[0, 0]) == pytest.approx(wanted.max(), abs=1e-5)
-    assert cache.places_of(rows.cache) == (
-        6144 if window else 12_288 if length == 9_000 else 131_072
-    )
+    assert cache.places_of(rows.cache) == (4608 if window else 9216 if length == 9_000 else 131_072)
     _, said = engine.advance(rows)
     assert np.isfinite(said.logprobs_BX).all()

@@ -1,6 +1,7 @@
 """A text that goes through the network a few tokens at a time has the logits of the whole."""
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from llama_jax import config, sharding
 from llama_jax.decode import engine
 from llama_jax.model import cache, transformer
+from llama_jax.quant.network import quantise
 from tests.model.test_variants import BASE, VARIANTS
 from tests.model.test_variants import network as strong
 
@@ -106,8 +108,18 @@ def test_meshes_have_the_numbers_of_one_device(layout):
     np.testing.assert_allclose(found[1], found[0], rtol=2e-5, atol=1e-5)
 
 
-def test_no_weight_is_gathered_for_a_token():
-    """On many devices what goes around is smaller than any matrix."""
+@pytest.mark.parametrize(
+    "quant",
+    [
+        None,
+        config.Quant(),
+        config.Quant(activations="int16"),
+        config.Quant(bits=4, method="nearest"),
+    ],
+    ids=["float32", "int8", "int8 x int16", "int4"],
+)
+def test_no_weight_is_gathered_for_a_token(quant):
+    """On many devices what goes around is smaller than any matrix, and than its scales."""
     model = dataclasses.replace(
         BASE, dim=256, heads=8, kv_heads=4, head_dim=16, ffn_dim=512, vocab_size=512
     )
@@ -115,12 +127,17 @@ def test_no_weight_is_gathered_for_a_token():
     rows, params = 2, jax.jit(lambda: transformer.init(module, jax.random.key(0)))()
     letters = transformer.letters(module)
     params = jax.tree.map(lambda w, of: jax.device_put(w, module.layout.param(of)), params, letters)
+    if quant:
+        params = quantise(module, params, quant)
     made = engine.Engine(module, params, config.Decode())
     lowered = engine.advance.lower(
         made.module, made.params, made.decode, made.rows(rows, 100), steps=2
     )
     text = lowered.compile().as_text()
-    moved = re.findall(r"= f32\[([\d,]+)\]\S* all-(?:gather|to-all|reduce)\(", text)
-    assert moved
+    made = re.findall(r"= (\(?\w+\[.*?) (?:all-|collective-|reduce-scatter)[\w-]*\(", text)
+    assert made
+    moved = [
+        math.prod(map(int, n.split(","))) for one in made for n in re.findall(r"\[([\d,]+)\]", one)
+    ]
     smallest = model.dim * model.kv_heads * model.head_dim
-    assert max(np.prod([int(n) for n in shape.split(",")]) for shape in moved) < smallest / 4
+    assert max(moved) < smallest / 4

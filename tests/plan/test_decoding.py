@@ -2,11 +2,15 @@
 
 import dataclasses
 
+import jax
 import pytest
 
 from configs import sizes
-from llama_jax import config, sharding
+from llama_jax import config, sharding, tree
+from llama_jax.decode import engine
+from llama_jax.model import transformer
 from llama_jax.plan import decoding
+from llama_jax.quant.network import quantise
 
 MESH = config.Mesh(tensor=8, fsdp=2, hardware="v5e_16")
 TEXTS = decoding.Texts(rows=8, context=2048, bits=8)
@@ -23,7 +27,7 @@ def test_bytes_of_a_chip_are_those_of_the_network():
     matrices = 70_553_706_496 - (2 * 80 + 1) * 8192
     of_values = matrices / 16 / 2**30
     assert of_values < gib(params) < of_values * 1.002  # a scale a channel
-    kept = 8 * 2048 * 80 * 2 * 8 * 128 * 2 / 8
+    kept = 8 * 2304 * 80 * 2 * 8 * 128 * 2 / 8  # places for 2,048 tokens and a call
     assert gib(rows.cache) == pytest.approx(kept / 2**30)
     four = decoding.abstract(sizes.LLAMA31_70B, layout, TEXTS._replace(bits=4))[1]
     layers = matrices - 2 * 128_256 * 8192
@@ -32,7 +36,7 @@ def test_bytes_of_a_chip_are_those_of_the_network():
 
 
 def test_the_compiler_says_no_less_than_the_bandwidth_allows():
-    model = dataclasses.replace(sizes.LLAMA31_8B, layers=2)
+    model = dataclasses.replace(sizes.LLAMA31_70B, layers=2)
     run = config.Run(model=model, mesh=MESH)
     plan = decoding.plan(run, "v5e_16", TEXTS)
     assert plan.fits
@@ -43,6 +47,40 @@ def test_the_compiler_says_no_less_than_the_bandwidth_allows():
     assert plan.step_seconds_low < plan.step_seconds_high
     slow, fast = plan.tokens_per_second
     assert slow == 1 / plan.step_seconds_high < fast
+
+
+def test_arrays_are_those_of_generating():
+    """Shapes, dtypes and places of a small network's parameters and rows, as the engine has them."""
+    model = dataclasses.replace(
+        sizes.LLAMA32_1B,
+        layers=2,
+        dim=256,
+        heads=8,
+        kv_heads=4,
+        head_dim=32,
+        ffn_dim=512,
+        vocab_size=512,
+    )
+    mesh = config.Mesh(data=2, fsdp=2, tensor=2)
+    layout = sharding.make(mesh, jax.devices())
+    for bits in (16, 8, 4):
+        texts = decoding.Texts(rows=3, context=300, bits=bits)
+        _, params, rows = decoding.abstract(model, sharding.abstract(mesh, 8), texts)
+        module = transformer.build(model, layout)
+        made = jax.jit(transformer.init, static_argnums=0)(module, jax.random.key(0))
+        letters = transformer.letters(module)
+        made = jax.tree.map(lambda w, of: jax.device_put(w, layout.param(of)), made, letters)
+        if bits < 16:
+            quant = config.Quant(bits=bits, **({"method": "nearest"} if bits == 4 else {}))
+            made = quantise(module, made, quant)
+        real = engine.Engine(module, made, config.Decode())
+        for planned, there in ((params, real.params), (rows, real.rows(3, 300))):
+            planned, there = tree.paths(planned), tree.paths(there)
+            assert set(planned) == set(there)
+            for name, leaf in there.items():
+                assert leaf.shape == planned[name].shape
+                own = [place.sharding.shard_shape(leaf.shape) for place in (leaf, planned[name])]
+                assert own[0] == own[1], name
 
 
 @pytest.mark.parametrize(
