@@ -55,7 +55,7 @@ def main() -> int:
 
     hosts.join(study.base.mesh.hardware)
     cli.tune_for_cpu()
-    session.check_hardware(study.base)
+    hosts.check(study.base.mesh)
     hosts.together(lambda: claim(workdir, study, found))
     if jax.process_count() > 1:
         session.check_shared(workdir)

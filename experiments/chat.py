@@ -125,8 +125,7 @@ class Chat:
         self.grow(len(tokens) + decode.max_new_tokens)
         with loop.Interrupt() as interrupt:
             listen = lambda _, text: say(text)  # noqa: E731
-            stopped = lambda: bool(interrupt.signal)  # noqa: E731
-            ((_, result),) = self.decoder.run([request], listen, stopped)
+            ((_, result),) = self.decoder.run([request], listen, interrupt.asked)
         say("\n")
         said = FORMATS[self.form].read([*tokens, *result.tokens, *result.last], loaded.tokenizer)
         message = said[-1] if said[-1].role == "assistant" else Message("assistant", "")

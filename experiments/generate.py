@@ -6,7 +6,8 @@
 
 DIR is a folder that experiments.convert wrote, or the workdir of a training run. How to choose tokens, how
 many and where to stop: --config.decode.*. --draft=DIR names a small network that proposes what the large one
-checks: the same texts, sooner. --chat is in chat.py, --input in prompt_file.py.
+checks: the same texts, sooner. --chat is in chat.py, --input in prompt_file.py. On a slice of several hosts
+the command runs on each of them (hosts.py), and the first one prints and writes.
 """
 
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from experiments import chat, cli, prompt_file
+from experiments import chat, cli, hosts, prompt_file
 from experiments.loading import Loaded, fit, load, say, with_draft
 from llama_jax import config
 from llama_jax.decode.generate import Decoder, Request
@@ -44,14 +45,19 @@ def main() -> int:
             raise ValueError(
                 f"--{flag} belongs to --{of}" if used else f"--{of} needs --{flag}=FILE"
             )
+    hosts.join(CONFIG.value.mesh.hardware)
     cli.tune_for_cpu()
+    if CHAT.value:
+        hosts.alone("--chat")
     cache = Path(config.Data().cache).expanduser() / "xla"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     decode = config.from_dict(CONFIG.value.decode.to_dict(), config.Decode, "decode")
     mesh = config.from_dict(CONFIG.value.mesh.to_dict(), config.Mesh, "mesh")
-    loaded = load(Path(CHECKPOINT.value), decode, mesh)
+    hosts.check(mesh)
+    of = lambda flag: hosts.together(lambda: load(Path(flag.value), decode, mesh))  # noqa: E731
+    loaded = of(CHECKPOINT)
     if DRAFT.value:
-        draft = load(Path(DRAFT.value), decode, mesh)
+        draft = of(DRAFT)
         loaded = with_draft(loaded, draft, PROPOSALS.value)
     if CHAT.value:
         return chat.Chat(loaded, SYSTEM.value).run()
@@ -77,7 +83,7 @@ def once(loaded: Loaded, prompt: str) -> int:
         say(head)
     with loop.Interrupt() as interrupt:
         listen = lambda _, text: say(text) if alone else None  # noqa: E731
-        for number, result in decoder.run(requests, listen, lambda: bool(interrupt.signal)):
+        for number, result in decoder.run(requests, listen, interrupt.asked):
             say("\n" if alone else f"[{number + 1}] {head}{result.text}\n")
     if interrupt.signal:
         print(f"{interrupt.signal}: ended early", file=sys.stderr)

@@ -17,6 +17,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
+from llama_jax import config
 from llama_jax.analysis import hardware
 
 COORDINATOR = flags.DEFINE_string(
@@ -52,7 +53,8 @@ def join(slice_name: str) -> None:
         hosts, where = PROCESSES.value, f" at {COORDINATOR.value}"
         asked = (COORDINATOR.value, hosts, PROCESS.value)
     else:
-        hosts = 1 if slice_name == "any" else hardware.SLICES[slice_name].hosts
+        named = slice_name != "any"
+        hosts = hardware.find_slice(slice_name, "mesh.hardware").hosts if named else 1
         where, asked = f" of {slice_name}", (None, None, None)
     if hosts == 1:
         return
@@ -73,6 +75,27 @@ def join(slice_name: str) -> None:
         watchdog.cancel()
     if not first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 for the rest of the process
+
+
+def check(mesh: config.Mesh) -> None:
+    """ValueError unless the devices are those of the slice that `mesh` was laid out for, if it was."""
+    if mesh.hardware == "any":
+        return
+    wanted = hardware.find_slice(mesh.hardware, "mesh.hardware")
+    kind, count = jax.devices()[0].device_kind, jax.device_count()
+    if (hardware.find(kind), count) != (hardware.DEVICES[wanted.device], wanted.devices):
+        spread = "1 host" if wanted.hosts == 1 else f"{wanted.hosts} hosts"
+        raise ValueError(
+            f"this run is laid out for {mesh.hardware}: {wanted.devices} x {wanted.device} on {spread}; "
+            f"here is {count} x {kind}: start the command on every host of the slice, or leave the slice "
+            "out of --config"
+        )
+
+
+def alone(command: str) -> None:
+    """ValueError if there are other processes."""
+    if jax.process_count() > 1:
+        raise ValueError(f"{command} works on one host; here are {jax.process_count()}")
 
 
 def first() -> bool:
@@ -99,7 +122,12 @@ def together(work: Callable[[], T]) -> T:
 
 def first_says(value: int) -> int:
     """The first process's value. All must call it."""
-    return int(multihost_utils.broadcast_one_to_all(np.asarray(value, np.int32)))
+    return int(first_lists(np.asarray(value, np.int32)))
+
+
+def first_lists(values: np.ndarray) -> np.ndarray:
+    """The first process's values, of one shape everywhere. All must call it."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(values))
 
 
 def _give_up(hosts: int, where: str) -> None:

@@ -8,11 +8,14 @@ What is finished waits in OUTPUT.partial until all is.
 import dataclasses
 import hashlib
 import json
+import os
+import zlib
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
-from experiments import chat, loading
+from experiments import chat, hosts, loading
 from llama_jax import files
 from llama_jax.decode.generate import Decoder, Request
 from llama_jax.train import loop
@@ -20,23 +23,22 @@ from llama_jax.train import loop
 
 def run(loaded, source: Path, target: Path) -> int:
     decode = loaded.engine.decode
-    lines = read(source)
-    if target.exists():
-        raise ValueError(f"--output={target} exists; give another, or remove it")
-    requests = []
-    for number, line in enumerate(lines):
-        tokens = prompt_of(line, loaded, f"{source}, line {number + 1}")
-        for sample in range(decode.samples):
-            requests.append(Request(tokens, decode.max_new_tokens, decode.seed, (number, sample)))
-    partial = Partial(target, signature(loaded, source))
-    waiting = [i for i in range(len(requests)) if i not in partial.done]
+    lines, requests, partial = hosts.together(lambda: begin(loaded, source, target))
+    known = zlib.crc32(source.read_bytes()) % 2**31
+    if not hosts.agree(hosts.first_says(known) == known):
+        raise ValueError(f"--input={source} is not the same on all hosts")
+    is_done = np.isin(np.arange(len(requests)), list(partial.done))
+    waiting = np.flatnonzero(~hosts.first_lists(is_done)).tolist()
     length = max(len(request.tokens) + request.max_new_tokens for request in requests)
     rows = min(decode.rows, len(requests))
     decoder = Decoder(loaded.engine, loaded.tokenizer, loaded.ends, rows, length)
-    bar = tqdm(total=len(requests), initial=len(partial.done), unit="text", dynamic_ncols=True)
+    bar = tqdm(
+        total=len(requests), initial=len(partial.done), unit="text", dynamic_ncols=True,
+        disable=not hosts.first(),
+    )  # fmt: skip
     with loop.Interrupt() as interrupt, partial, bar:
-        stopped = lambda: bool(interrupt.signal)  # noqa: E731
-        for number, result in decoder.run([requests[i] for i in waiting], stopped=stopped):
+        asked = [requests[i] for i in waiting]
+        for number, result in decoder.run(asked, stopped=interrupt.asked):
             if result.end != "interrupted":
                 partial.add(waiting[number], result)
                 bar.update()
@@ -46,23 +48,41 @@ def run(loaded, source: Path, target: Path) -> int:
             "same command to go on"
         )
         return 0
-    written = []
-    for i in range(len(requests)):
-        number, sample = requests[i].stream
-        extra = {"sample": sample} if decode.samples > 1 else {}
-        written.append({**lines[number], **extra, **partial.done[i]})
-    files.write(target, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in written))
-    partial.path.unlink()
-    print(f"written to {target}: {len(written)} texts")
+    if hosts.first():
+        written = []
+        for i in range(len(requests)):
+            number, sample = requests[i].stream
+            extra = {"sample": sample} if decode.samples > 1 else {}
+            written.append({**lines[number], **extra, **partial.done[i]})
+        files.write(target, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in written))
+        partial.path.unlink()
+        print(f"written to {target}: {len(written)} texts")
+    hosts.agree(True)  # the others wait for it
     return 0
+
+
+def begin(loaded, source: Path, target: Path) -> tuple[list[dict], list[Request], "Partial"]:
+    """What is asked, and what of it is finished."""
+    decode, lines, requests = loaded.engine.decode, read(source), []
+    if target.exists():
+        raise ValueError(f"--output={target} exists; give another, or remove it")
+    for number, line in enumerate(lines):
+        tokens = prompt_of(line, loaded, f"{source}, line {number + 1}")
+        for sample in range(decode.samples):
+            requests.append(Request(tokens, decode.max_new_tokens, decode.seed, (number, sample)))
+    return lines, requests, Partial(target, signature(loaded, source))
 
 
 def read(source: Path) -> list[dict]:
     """ValueError names the line that is not one."""
-    lines = []
-    if not source.read_text().strip():
+    try:
+        texts = source.read_text(encoding="utf-8").rstrip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--input={source} cannot be read ({error})") from error
+    if not texts:
         raise ValueError(f"--input={source} is empty")
-    for number, text in enumerate(source.read_text().rstrip().split("\n"), 1):
+    lines = []
+    for number, text in enumerate(texts.split("\n"), 1):
         try:
             line = json.loads(text)
         except json.JSONDecodeError as error:
@@ -93,7 +113,10 @@ def signature(loaded, source: Path) -> str:
 
 
 class Partial:
-    """What is finished, a line each, appended as it ends; a line cut short is dropped."""
+    """What is finished, a line each, appended as it ends; a line cut short is dropped.
+
+    The first host's file; the others keep what is finished while they run.
+    """
 
     def __init__(self, target: Path, signature: str):
         self.path = target.with_name(target.name + ".partial")
@@ -112,10 +135,11 @@ class Partial:
         for number, result in kept[1:]:
             self.done[number] = result
         head = [{"signature": signature}, *([n, r] for n, r in self.done.items())]
-        files.write(self.path, "".join(json.dumps(one) + "\n" for one in head))
+        if hosts.first():
+            files.write(self.path, "".join(json.dumps(one) + "\n" for one in head))
 
     def __enter__(self):
-        self._file = self.path.open("a")
+        self._file = (self.path if hosts.first() else Path(os.devnull)).open("a")
         return self
 
     def __exit__(self, *_):

@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments import cli, loading
+from experiments import cli, hosts, loading
 from llama_jax import config, sharding, tree
 from llama_jax.convert import native, smaller
 from llama_jax.data import iterator, prepare
@@ -49,11 +49,14 @@ class Rows(NamedTuple):
 
 
 def main() -> int:
+    hosts.join(CONFIG.value.mesh.hardware)
     cli.tune_for_cpu()
+    hosts.alone("quantise")
     cache = Path(config.Data().cache).expanduser() / "xla"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     quant = config.from_dict(CONFIG.value.quant.to_dict(), config.Quant, "quant")
     mesh = config.from_dict(CONFIG.value.mesh.to_dict(), config.Mesh, "mesh")
+    hosts.check(mesh)
     origin, to = (Path(flag.value).expanduser().absolute() for flag in (CHECKPOINT, TO))
     if native.is_native(origin) and (said := native.quantised(origin)):
         raise ValueError(

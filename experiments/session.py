@@ -49,21 +49,6 @@ class Machine:
         return jax.jit(self.program.objective)
 
 
-def check_hardware(run: config.Run) -> None:
-    """ValueError unless the devices are those of the slice that the page was laid out for, if it was."""
-    if run.mesh.hardware == "any":
-        return
-    wanted = hardware.find_slice(run.mesh.hardware, "mesh.hardware")
-    kind, count = jax.devices()[0].device_kind, jax.device_count()
-    if (hardware.find(kind), count) != (hardware.DEVICES[wanted.device], wanted.devices):
-        spread = "1 host" if wanted.hosts == 1 else f"{wanted.hosts} hosts"
-        raise ValueError(
-            f"this run is laid out for {run.mesh.hardware}: {wanted.devices} x {wanted.device} on {spread}; "
-            f"here is {count} x {kind}: start the command on every host of the slice, or leave the slice "
-            "out of --config"
-        )
-
-
 def claim(workdir: Path, run: config.Run) -> None:
     """Make the workdir this run's. ValueError if it is another's, or cannot be written."""
     try:

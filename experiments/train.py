@@ -37,7 +37,7 @@ def main() -> int:
     run = cli.frozen(CONFIG)
     hosts.join(run.mesh.hardware)
     cli.tune_for_cpu()
-    session.check_hardware(run)
+    hosts.check(run.mesh)
     workdir = Path(WORKDIR.value).expanduser().absolute()
     hosts.together(lambda: session.claim(workdir, run))
     if jax.process_count() > 1:

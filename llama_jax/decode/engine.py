@@ -58,14 +58,17 @@ class Engine:
         module, decode = self.module, self.decode
         kind = module.config.compute_dtype if decode.cache == "compute" else decode.cache
         number = spread_rows(module, number)
-        seen = None
-        if decode.repetition_penalty != 1:
-            seen = jnp.zeros((number, module.config.vocab_size), bool)
         kept = cache.empty(module, number, places(module.config, length), kind)
-        last, position = jnp.zeros(number, jnp.int32), jnp.full(number, -1, jnp.int32)
-        rest = (last, position, jax.random.split(jax.random.key(0), number), seen)
+
+        def rest():
+            seen = None
+            if decode.repetition_penalty != 1:
+                seen = jnp.zeros((number, module.config.vocab_size), bool)
+            last, position = jnp.zeros(number, jnp.int32), jnp.full(number, -1, jnp.int32)
+            return last, position, jax.random.split(jax.random.key(0), number), seen
+
         # Placed as calls leave them: else the second call would compile again.
-        return Rows(kept, *jax.device_put(rest, module.layout.replicated))
+        return Rows(kept, *jax.jit(rest, out_shardings=module.layout.replicated)())
 
     def begin(
         self,

@@ -1,4 +1,4 @@
-"""A run on two hosts: two processes on this machine, four devices each, that meet over gloo."""
+"""Training and generating on two hosts: two processes on this machine, four devices each, that meet over gloo."""
 
 import json
 import signal
@@ -20,17 +20,17 @@ def meeting() -> str:
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-def start(args, where, process, processes=2):
+def start(args, where, process, processes=2, command="train"):
     flags = (f"--coordinator={where}", f"--processes={processes}", f"--process={process}")
     return subprocess.Popen(
-        helpers.command("train", *args, *flags), cwd=helpers.ROOT, env=helpers.environment(4),
+        helpers.command(command, *args, *flags), cwd=helpers.ROOT, env=helpers.environment(4),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
-def both(args):
+def both(args, command="train"):
     where = meeting()
-    return [start(args, where, process) for process in range(2)]
+    return [start(args, where, process, command=command) for process in range(2)]
 
 
 def losses(workdir):
@@ -114,6 +114,45 @@ def test_a_workdir_of_each_host_alone_is_refused_by_both(tmp_path):
         _, error = process.communicate(timeout=120)
         assert process.returncode == 1
         assert "is not the same folder on all 2 hosts" in error
+
+
+@pytest.mark.slow
+def test_two_hosts_answer_a_file_and_go_on_as_one(tmp_path):
+    """A signal at the second stops both; one process with one device finishes, with the texts that one gives."""
+    done = helpers.run("train", *helpers.arguments(tmp_path, "--config.train.steps=4"))
+    assert done.returncode == 0, done.stderr
+    lines = [json.dumps({"prompt": "w1 w2 w3"[:n]}) + "\n" for n in (2, 5, 8) for _ in range(200)]
+    (tmp_path / "prompts.jsonl").write_text("".join(lines))
+    args = [
+        *(f"--checkpoint={tmp_path}/run", f"--input={tmp_path}/prompts.jsonl"),
+        *("--config.decode.max_new_tokens=12", "--config.decode.rows=4"),
+    ]
+    spread = [
+        *args,
+        "--config.mesh.fsdp=4",
+        "--config.mesh.data=2",
+        f"--output={tmp_path}/two.jsonl",
+    ]
+    processes, partial = both(spread, "generate"), tmp_path / "two.jsonl.partial"
+    limit = time.monotonic() + 240
+    while time.monotonic() < limit and all(process.poll() is None for process in processes):
+        if partial.exists() and partial.read_text().count("\n") > 8:
+            break
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    texts = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], texts
+    assert "SIGTERM: " in texts[0][0]
+    assert 8 < partial.read_text().count("\n") < 600
+    for flags in (
+        [*args, f"--output={tmp_path}/two.jsonl"],
+        [*args, f"--output={tmp_path}/one.jsonl"],
+    ):
+        done = helpers.run("generate", *flags)
+        assert done.returncode == 0, done.stderr
+    two, one = ((tmp_path / f"{name}.jsonl").read_text() for name in ("two", "one"))
+    said = [[json.loads(line)["tokens"] for line in text.splitlines()] for text in (two, one)]
+    assert said[0] == said[1]
 
 
 @pytest.mark.parametrize("process", [0, 1])
