@@ -11,6 +11,7 @@ from llama_jax.decode.engine import Engine
 from llama_jax.decode.generate import Decoder, Request
 from llama_jax.model import transformer
 from llama_jax.tokenizer import byte
+from tests import parameters
 
 PROMPTS = [b"The quick", b"jumps over the lazy dog and on", b"x", b"The quicker", b"abc" * 8]
 DRAWN = config.Decode(temperature=0.8, seed=3, rows=3)
@@ -18,8 +19,7 @@ DRAWN = config.Decode(temperature=0.8, seed=3, rows=3)
 
 def network(model, layout):
     module = transformer.build(model, layout)
-    params = jax.jit(transformer.init, static_argnums=0)(module, jax.random.key(0))
-    return module, jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim > 2 else leaf, params)
+    return module, parameters.drawn(module, lambda leaf: leaf * 8 if leaf.ndim > 2 else leaf)
 
 
 def decoder(model, layout, decode=DRAWN, rows=3, length=128, ends=()):

@@ -8,13 +8,12 @@ import pytest
 from llama_jax import config, sharding
 from llama_jax.eval import score
 from llama_jax.model import transformer
-from tests import oracle
+from tests import oracle, parameters
 
 
 def network(model, layout):
     module = transformer.build(model, layout)
-    params = transformer.init(module, jax.random.key(0))
-    return module, jax.tree.map(lambda leaf: leaf * 8, params)
+    return module, parameters.drawn(module, lambda leaf: leaf * 8)
 
 
 def rows(model, number=6, length=10):

@@ -45,10 +45,10 @@ def test_on_a_text_and_what_comes_of_it_goes_on_with_texts(model, tmp_path):
         said = helpers.run("generate", f"--checkpoint={to}", *asked)
         assert said.returncode == 0, said.stderr
         assert said.stdout.startswith("w1 w2")
-        again = quantise(to, tmp_path / "again")
-        assert "bits already; give what it came of" in again.stderr
-        out = helpers.run("convert", f"--from={to}", f"--to={tmp_path}/hf", "--format=hf")
-        assert "convert the folder that they were made from" in out.stderr
+    again = quantise(to, tmp_path / "again")
+    assert "bits already; give what it came of" in again.stderr
+    out = helpers.run("convert", f"--from={to}", f"--to={tmp_path}/hf", "--format=hf")
+    assert "convert the folder that they were made from" in out.stderr
 
 
 def test_a_run_is_calibrated_on_its_own_data(tmp_path):

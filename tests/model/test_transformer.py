@@ -8,7 +8,7 @@ import pytest
 from llama_jax import config
 from llama_jax.model import transformer
 from llama_jax.model.position import frequencies
-from tests import oracle
+from tests import oracle, parameters
 
 B, T = 2, 7
 LLAMA3 = config.Rope(theta=5e5, factor=32.0, original_length=64)
@@ -17,13 +17,12 @@ LLAMA3 = config.Rope(theta=5e5, factor=32.0, original_length=64)
 def network(model, layout, scale=8.0):
     """A network whose random weights are large enough for every part to matter."""
     module = transformer.build(model, layout)
-    params = transformer.init(module, jax.random.key(0))
-    noise = lambda leaf: (
-        leaf * scale
-        if leaf.ndim > 2
-        else leaf + 0.1 * jnp.sin(jnp.arange(leaf.size).reshape(leaf.shape))
-    )
-    return module, jax.tree.map(noise, params)
+
+    def stronger(leaf):
+        wave = 0.1 * np.sin(np.arange(leaf.size)).reshape(leaf.shape)
+        return leaf * scale if leaf.ndim > 2 else leaf + wave
+
+    return module, parameters.drawn(module, stronger)
 
 
 def tokens_and_places(model, seed=0):

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,7 +10,7 @@ from llama_jax import config, sharding
 from llama_jax.data.batch import Batch
 from llama_jax.model import transformer
 from llama_jax.train import loss
-from tests import variants
+from tests import parameters, variants
 
 BASE = config.Model(
     vocab_size=44, dim=24, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=20, norm_eps=1e-3,
@@ -55,13 +54,14 @@ POSITIONS = np.array([[*range(15), *range(25)], range(40)])
 def network(model, layout):
     """Parameters large enough for every part to matter, biases and scales included."""
     module = transformer.build(model, layout)
-    params = jax.jit(lambda: transformer.init(module, jax.random.key(0)))()
-    noise = lambda leaf: (
-        leaf * 5 + 0.05 * jnp.sin(7 * jnp.arange(leaf.size)).reshape(leaf.shape)
-        if leaf.ndim > 1
-        else leaf + 0.1 * jnp.cos(jnp.arange(leaf.size))
-    )
-    return module, jax.tree.map(noise, params)
+
+    def stronger(leaf):
+        places = np.arange(leaf.size).reshape(leaf.shape)
+        return (
+            leaf * 5 + 0.05 * np.sin(7 * places) if leaf.ndim > 1 else leaf + 0.1 * np.cos(places)
+        )
+
+    return module, parameters.drawn(module, stronger)
 
 
 def batch(model):

@@ -11,6 +11,7 @@ from llama_jax.decode import engine
 from llama_jax.model import transformer
 from llama_jax.plan import decoding
 from llama_jax.quant.network import quantise
+from tests import parameters
 
 MESH = config.Mesh(tensor=8, fsdp=2, hardware="v5e_16")
 TEXTS = decoding.Texts(rows=8, context=2048, bits=8)
@@ -67,7 +68,7 @@ def test_arrays_are_those_of_generating():
         texts = decoding.Texts(rows=3, context=300, bits=bits)
         _, params, rows = decoding.abstract(model, sharding.abstract(mesh, 8), texts)
         module = transformer.build(model, layout)
-        made = jax.jit(transformer.init, static_argnums=0)(module, jax.random.key(0))
+        made = parameters.drawn(module)
         letters = transformer.letters(module)
         made = jax.tree.map(lambda w, of: jax.device_put(w, layout.param(of)), made, letters)
         if bits < 16:
