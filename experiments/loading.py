@@ -22,6 +22,7 @@ class Loaded(NamedTuple):
     context: int  # positions it was trained for
     ends: frozenset[int]  # tokens that end a text
     folder: Path
+    draft: str = ""  # the folder of the network that proposes, and how far it is ahead
 
 
 def load(folder: Path, decode: config.Decode, mesh: config.Mesh) -> Loaded:
@@ -55,7 +56,8 @@ def with_draft(target: Loaded, draft: Loaded, proposals: int) -> Loaded:
             f"--draft={draft.folder} has another tokenizer than {target.folder}: its proposals mean nothing"
         )
     engine = Speculative(target.engine, draft.engine, proposals)
-    return target._replace(engine=engine, context=min(target.context, draft.context))
+    context = min(target.context, draft.context)
+    return target._replace(engine=engine, context=context, draft=f"{draft.folder} {proposals}")
 
 
 def fit(prompt: int, new: int, context: int, what: str) -> None:

@@ -108,7 +108,7 @@ def prompt_of(line: dict, loaded, where: str) -> list[int]:
 def signature(loaded, source: Path) -> str:
     """What the texts depend on."""
     said = dataclasses.asdict(loaded.engine.decode)
-    text = json.dumps([said, str(loaded.folder)]) + source.read_text()
+    text = json.dumps([said, str(loaded.folder), loaded.draft]) + source.read_text()
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -134,6 +134,7 @@ def test_seeds_of_a_cell_differ_and_cells_of_a_seed_see_the_same_text(study):
     assert first["rope-seed0"] != first["rope-seed1"]
 
 
+@pytest.mark.slow
 def test_a_job_array_shares_a_workdir_and_report_only_redraws(study, corpus, tmp_path):
     workdir = tmp_path / "shared"
     listed = ablate(*corpus, f"--workdir={workdir}", "--list")
@@ -194,6 +195,7 @@ def test_tasks_of_an_array_start_together(corpus, tmp_path):
     assert not list(workdir.glob(".*")), "nothing half-written stays"
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_moments_of_a_run_ends_the_study_after_it(corpus, tmp_path):
     """The run is scored; the next one does not begin."""
     workdir = tmp_path / "late"

@@ -36,8 +36,15 @@ def commands(text: str = OTHERS) -> list[list[str]]:
     return list(dict.fromkeys(found))
 
 
+def different() -> list[tuple[str, ...]]:
+    """Those that differ in more than where they write."""
+    return list(
+        {tuple(w for w in words if "--workdir" not in w): words for words in commands()}.values()
+    )
+
+
 def test_there_are_commands():
-    assert len(commands()) >= 5
+    assert len(different()) >= 3
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +53,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
+@pytest.mark.parametrize("words", different(), ids=" ".join)
 def test_a_command_of_the_readme_runs(words, tmp_path, cache):
     _, module, *flags = words
     flags = [re.sub(r"=/tmp/", f"={tmp_path}/", flag) for flag in flags]

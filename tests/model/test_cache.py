@@ -64,7 +64,16 @@ def in_parts(module, params, tokens, places, kind="float32", parts=PARTS, late=0
     return found
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# What a cache changes: where keys turn, which are seen, how many heads they have. The others are slow.
+QUICK = (
+    *("llama3", "yarn", "learned", "alibi", "t5", "window", "softcap", "qk rms", "multi-query"),
+    *("bias all, gated", "post, plain", "parallel", "mup"),
+)
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS]
+)
 def test_logits_are_those_of_the_whole_text(name, layout):
     changed = {**VARIANTS[name], "init_std": 0.1}
     module, params = network(dataclasses.replace(BASE, **changed), layout)
