@@ -113,7 +113,7 @@ def name(quant: config.Quant) -> str:
 
 
 def texts(folder: Path, module: Transformer, tokenizer: Tokenizer, rows: int, length: int) -> Rows:
-    """`rows` to calibrate on, and up to MEASURED others; of `length` tokens or a little less."""
+    """`rows` to calibrate on, and up to MEASURED others; of `length` tokens."""
     if TEXT.value:
         return of_file(Path(TEXT.value), tokenizer, rows, length)
     if (folder / "run.json").is_file():

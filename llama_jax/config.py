@@ -399,14 +399,10 @@ class Quant:
     """How weights are made smaller. Not part of a run: it is done to what a run has made."""
 
     bits: int = 8  # of the matrices in layers: 8, one scale a channel, or 4
-    group: int = (
-        32  # of 4 bits: values that share a scale, or about so many where that does not divide them
-    )
+    group: int = 32  # of 4 bits: values that share a scale, about: a number that divides them
     method: str = "gptq"  # of 4 bits: "gptq" reads a text, "nearest" does not
     rows: int = 128  # of that text
-    row_tokens: int = (
-        2048  # of each row that is read or measured, but at most the network's context
-    )
+    row_tokens: int = 2048  # of each row, read or measured; at most the network's context
     # Of 8 bits: "int16" rounds what they are multiplied with, too. Fast where products of int8 are: on CPUs.
     activations: str = "compute"
 
@@ -415,9 +411,7 @@ class Quant:
         if self.bits not in (8, 4):
             raise ValueError(f"quant.bits={self.bits} must be 8 or 4")
         if self.row_tokens == 1:
-            raise ValueError(
-                "quant.row_tokens=1 must be 2 or more: one token has none to believe in"
-            )
+            raise ValueError("quant.row_tokens=1 must be 2 or more: the first token is given")
         choose(("gptq", "nearest"), self.method, "quant.method")
         choose(("compute", "int16"), self.activations, "quant.activations")
         if self.bits == 8:

@@ -1,6 +1,8 @@
 """Eight simulated devices, few threads, no network; fixtures that many tests share."""
 
 import os
+import platform
+from pathlib import Path
 
 # Compiling is most of the time of small tests: leave the optimiser of LLVM out.
 os.environ["XLA_FLAGS"] = (
@@ -10,9 +12,14 @@ os.environ["XLA_FLAGS"] = (
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# And compile once what several tests, or the suite's next run on this machine, ask for.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
+    Path(__file__).resolve().parents[1] / ".pytest_cache" / f"xla-{platform.node()}"
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import signal
-from pathlib import Path
 
 import jax
 import pytest
