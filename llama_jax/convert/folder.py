@@ -94,12 +94,8 @@ def small_files(source: Source, kind: str, dtypes: dict[str, np.dtype]) -> dict[
     if kind == "meta":
         return own
     if kind == "native":
-        said = {
-            "model": config.to_dict(source.model),
-            "context": source.context,
-            "tokenizer": tokenizer.kind if tokenizer else "none",
-            "from": {"format": source.format, "files": [file.name for file in source.files[:8]]},
-        }
+        origin = {"format": source.format, "files": [file.name for file in source.files[:8]]}
+        said = native.description(source.model, source.context, tokenizer, origin)
         carried = {f"{native.CARRIED}/{name}": text for name, text in source.carried.items()}
         return {native.MODEL: _json(said), **own, **carried}
     ids = _special_ids(source)

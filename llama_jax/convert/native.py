@@ -53,6 +53,16 @@ def settings(folder: Path) -> tuple[config.Model, int, Tokenizer | None]:
     return model, context, Tokenizer("byte") if bytewise else None
 
 
+def description(
+    model: config.Model, context: int, tokenizer: Tokenizer | None, origin: dict[str, Any]
+) -> dict[str, Any]:
+    """What model.json says. origin: the format and the files that the weights came from."""
+    kind = tokenizer.kind if tokenizer else "none"
+    return {
+        "model": config.to_dict(model), "context": context, "tokenizer": kind, "from": origin,
+    }  # fmt: skip
+
+
 def load(folder: Path, module: Transformer) -> Any:
     """The parameters, float32 or quantised, in the shardings of `module.layout`.
 

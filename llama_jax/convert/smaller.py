@@ -49,15 +49,12 @@ def write(place: Path, origin: Path, params: Any, quant: config.Quant, text: str
     model, context, tokenizer = native.settings(origin)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((place / native.PARAMS).absolute(), tree.nest(tree.paths(params)))
-    said = {
-        "model": config.to_dict(model),
-        "context": context,
-        "tokenizer": tokenizer.kind if tokenizer else "none",
-        native.QUANT: config.to_dict(quant),
-        "from": {"format": "native", "files": [origin.name]},
-    }
+    came = {"format": "native", "files": [origin.name]}
     if quant.reads_text:
-        said["from"]["calibrated"] = text
+        came["calibrated"] = text
+    said = native.description(model, context, tokenizer, came) | {
+        native.QUANT: config.to_dict(quant)
+    }
     (place / native.MODEL).write_text(json.dumps(said, indent=2) + "\n")
     if tokenizer and tokenizer.content:
         (place / native.TOKENIZER).write_bytes(tokenizer.content)

@@ -38,10 +38,10 @@ def gptq(w: jax.Array, hessian_CC: jax.Array, cut: Grid, bits: int) -> Quantised
     def rows(i, state):
         """`size` rows are rounded; all that come after make good what that did."""
         w_CO, values_CO = state
-        cut = lambda of: jax.lax.dynamic_slice_in_dim(of, i * size, size)  # noqa: E731
-        factor_RC = cut(factor_CC)
+        own = lambda of: jax.lax.dynamic_slice_in_dim(of, i * size, size)  # noqa: E731
+        factor_RC = own(factor_CC)
         factor_RR = jax.lax.dynamic_slice_in_dim(factor_RC, i * size, size, axis=1)
-        values_RO, errors_RO = _round_rows(cut(w_CO), cut(scale_CO), factor_RR, bits)
+        values_RO, errors_RO = _round_rows(own(w_CO), own(scale_CO), factor_RR, bits)
         # A row of the factor has nothing before its own place: what is rounded is not read again.
         w_CO = w_CO - jnp.einsum("RC,RO->CO", factor_RC, errors_RO, precision="highest")
         return w_CO, jax.lax.dynamic_update_slice_in_dim(values_CO, values_RO, i * size, axis=0)
