@@ -101,8 +101,9 @@ def test_an_interrupted_file_goes_on_and_keeps_what_was_done(model, tmp_path):
     assert "run the same command to go on" in said
     kept = partial.read_text()
     assert not output.exists()
-    other = helpers.run("generate", *flags, "--config.decode.seed=5")
-    assert "is of other prompts or settings" in other.stderr
+    for more in ("--config.decode.seed=5", f"--draft={model}"):
+        other = helpers.run("generate", *flags, more)
+        assert "is of other prompts or settings" in other.stderr
     assert partial.read_text() == kept
     partial.write_text(kept + '[59, {"te')  # a line cut short
     again = helpers.run("generate", *flags, "--config.decode.rows=2")

@@ -92,3 +92,22 @@ def test_training_on_other_devices_than_the_pages_slice_is_refused(tmp_path):
     assert done.returncode == 1
     assert "laid out for v4_8: 4 x TPU v4 on 1 host" in done.stderr
     assert "here is 1 x cpu" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--decode=8", "--analytic"], "--analytic has no effect with --decode"),
+        (["--bits=8", "--analytic"], "--bits has no effect without --decode"),
+        (["--decode=-1"], "-1 is not a non-negative integer"),
+        (
+            ["--decode=8", "--bits=4", "--config.mesh.tensor=16", "--config.mesh.fsdp=1"],
+            "blocks, one scale each, do not spread evenly over the mesh tensor=16",
+        ),
+    ],
+)
+def test_a_plan_of_generating_refuses_in_one_line(flags, message):
+    done = helpers.run("plan", "--config=configs/7b.py", "--config.mesh.hardware=v5e-16", *flags)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

@@ -15,6 +15,7 @@ RNG = np.random.default_rng(0)
         ("DNH", (64, 8, 8), 32, (2, 8, 8)),
         ("DF", (64, 172), 0, (1, 172)),
         ("FD", (172, 64), 32, (4, 64)),  # by 43: 32 does not divide 172
+        ("FD", (1706, 640), 32, (2, 640)),  # by 853: by 2, a scale would take as much as its values
         ("NHD", (8, 8, 64), 32, (2, 1, 64)),  # four heads together
         ("NHD", (4, 128, 64), 32, (4, 4, 64)),
         ("NHD", (6, 4, 24), 0, (1, 1, 24)),
