@@ -15,6 +15,7 @@ import numpy as np
 
 from llama_jax import config, dims
 from llama_jax.model.init import initial, param
+from llama_jax.model.table import look_up
 
 
 class Where(NamedTuple):
@@ -98,7 +99,8 @@ def none(module: nn.Module, positions_BT: jax.Array, reach: int) -> Where:
 def learned(module: nn.Module, positions_BT: jax.Array, reach: int) -> Where:
     """A vector for each position, added to the embedding (GPT-2; arXiv:1706.03762 section 3.5)."""
     table_RD = param(module, "positions", "RD", initial(module.config, "table"))
-    return Where(added_BTD=table_RD[positions_BT])
+    dtype = module.config.compute_dtype
+    return Where(added_BTD=look_up(table_RD, positions_BT, module.layout, "RD", dtype))
 
 
 def sinusoidal(module: nn.Module, positions_BT: jax.Array, reach: int) -> Where:

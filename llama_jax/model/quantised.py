@@ -104,13 +104,3 @@ def _whole_product(x_XC, values_CO):
     parts = jnp.pad(parts, ((0, max(FEWEST_ROWS - 2 * X, 0)), (0, 0)))
     sums = jnp.dot(parts, values_CO, preferred_element_type=jnp.int32).astype(jnp.float32)
     return (PART * sums[:X] + sums[X : 2 * X]) * step_X1
-
-
-def look_up(w_VD: jax.Array | Quantised, tokens_BT: jax.Array, dtype) -> jax.Array:
-    """Rows of a table, [B, T, D]. Its blocks are whole rows."""
-    if isinstance(w_VD, Quantised):
-        rows = w_VD.values[tokens_BT].astype(jnp.float32) * w_VD.scale[tokens_BT].astype(
-            jnp.float32
-        )
-        return rows.astype(dtype)
-    return w_VD[tokens_BT]

@@ -19,7 +19,8 @@ from llama_jax.model.ffn import FFNS
 from llama_jax.model.init import INITS, initial, mup_ratio, param
 from llama_jax.model.norm import NORMS
 from llama_jax.model.position import POSITIONS, Where
-from llama_jax.model.quantised import Quantised, look_up, product
+from llama_jax.model.quantised import Quantised, product
+from llama_jax.model.table import look_up
 from llama_jax.sharding import Layout
 
 
@@ -102,7 +103,8 @@ class Transformer(nn.Module):
         norm = functools.partial(NORMS[config.norm], config, self.layout)
         placement = PLACEMENTS[config.placement]
         w_VD = param(self, "embed", "VD", initial(config, "table"))
-        x_BTD = act(look_up(w_VD, tokens_BT, config.compute_dtype), "BTD")
+        embedded_BTD = look_up(w_VD, tokens_BT, self.layout, "VD", config.compute_dtype)
+        x_BTD = act(embedded_BTD, "BTD")
         where = POSITIONS[config.position](self, positions_BT, places or tokens_BT.shape[1])
         if places:
             where = where._replace(positions_BT=positions_BT)

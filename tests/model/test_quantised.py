@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.model.quantised import Quantised, look_up, product
+from llama_jax.model.quantised import Quantised, product
 
 RNG = np.random.default_rng(0)
 SHAPES = {  # letters: (x, values, whole channels, blocks)
@@ -69,12 +69,3 @@ def test_the_largest_numbers_do_not_overflow():
 def test_rows_of_zeros_stay_zeros():
     _, w = made("BTF,FD->BTD", (1, 24), activations="int16")
     assert not product("BTF,FD->BTD", jnp.zeros((2, 1, 40)), w).any()
-
-
-def test_a_table_is_looked_up_by_rows():
-    w = Quantised(
-        jnp.asarray(RNG.integers(-127, 128, (7, 6)), jnp.int8),
-        jnp.asarray(RNG.uniform(0.5, 2, (7, 1)), jnp.bfloat16),
-    )
-    tokens = np.array([[3, 0, 6], [6, 6, 1]])
-    np.testing.assert_allclose(look_up(w, tokens, "float32"), dense(w)[tokens], rtol=1e-6)
