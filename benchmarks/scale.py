@@ -31,7 +31,7 @@ RESULTS, PAGE = ROOT / "benchmarks/scale.json", ROOT / "docs/scale.md"
 def micro(stem: str, name: str, rows: int, remat: str, seq: int = 2048, chunks: int = 2, **mesh):
     """A page's network with `rows` rows a device group of one data-parallel part, one microbatch."""
     run = config.freeze(importlib.import_module(f"configs.{stem}").get_config())
-    slice_ = hardware.SLICES[name]
+    slice_ = hardware.find_slice(name)
     fixed = mesh.get("data", 1) * mesh.get("tensor", 1) * slice_.slices
     sizes = {"fsdp": slice_.devices // fixed, "slices": slice_.slices, **mesh}
     chosen = config.Mesh(**sizes, hardware=name)
@@ -118,7 +118,7 @@ def main() -> None:
 
 def key_of(run: config.Run) -> str:
     """What decides the compiler's answer, but for this project's code."""
-    options = hardware.compiler_options(hardware.SLICES[run.mesh.hardware].device)
+    options = hardware.compiler_options(hardware.find_slice(run.mesh.hardware).device)
     usual = config.flatten(config.Run())
     changed = {
         place: value for place, value in config.flatten(run).items() if value != usual.get(place)

@@ -20,7 +20,11 @@ def lay_out(run: config.Run, name: str) -> config.Run:
         return found[0].run
     rows = run.train.batch_size
     why = "is too small for this run"
+    # Every other axis of the mesh is a power of two.
+    odd = slice_.devices // (slice_.devices & -slice_.devices)
     if rows < slice_.devices:
         why = f"has {slice_.devices} devices, over which train.batch_size={rows} rows cannot spread"
+    elif rows % odd:
+        why = f"has {slice_.devices} devices: train.batch_size={rows} must divide by {odd}"
     holding = [other for other in hardware.SLICES if fit.fits(run, other)]
     raise ValueError(f"{PLACE}, {name}, {why}; these hold it: {', '.join(holding) or 'none'}")

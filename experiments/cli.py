@@ -75,8 +75,7 @@ def slice_of(run: config.Run) -> str:
     """The slice that the page was laid out for. ValueError if for none."""
     if run.mesh.hardware == "any":
         raise ValueError(
-            "a slice is needed, as in --config=configs/7b.py:v4_32; there are "
-            + ", ".join(hardware.SLICES)
+            f"a slice is needed, as in --config=configs/7b.py:v4_32; there are {hardware.names()}"
         )
     hardware.find_slice(run.mesh.hardware, "mesh.hardware")
     return run.mesh.hardware.replace("-", "_")

@@ -59,7 +59,7 @@ def main() -> int:
     run = cli.frozen(CONFIG)
     name = cli.slice_of(run)
     check_fit(run, name)
-    slice_ = hardware.SLICES[name]
+    slice_ = hardware.find_slice(name)
     if slice_.device in cloud.IMAGES:
         return on_tpu(slice_)
     return on_slurm(slice_)

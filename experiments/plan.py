@@ -162,7 +162,7 @@ def row(run: config.Run, plan: figures.Plan) -> list[str]:
 
 
 def report(run: config.Run, plan: figures.Plan) -> list[str]:
-    parts, slice_ = plan.parts, hardware.SLICES[plan.slice]
+    parts, slice_ = plan.parts, hardware.find_slice(plan.slice)
     limit, need = plan.hbm_limit_gib, plan.hbm_gib_per_chip
     lines = [
         f"{plan.slice}: {plan.devices} x {slice_.device} on {slice_.hosts} hosts, mesh {layout(run.mesh)}",

@@ -25,7 +25,19 @@ class Device(NamedTuple):
 # Bandwidth of HBM: the same pages and data sheets; of v2 and v3 half a chip's.
 # Links: v2 and v3 doi:10.1145/3360307 (496 and 656 Gbit/s), v4 arXiv:2304.01433 (50 GB/s), less what
 # measurements reach (jax-ml.github.io/scaling-book: 45, 90). The data centre's network: 6.4 Tbit/s for the
-# 256 chips of a v5e pod and 25.6 for those of v6e, 50 Gbit/s a chip of v5p (the same pages).
+# 256 chips of a v5e pod and 25.6 for those of v6e, 50 Gbit/s a chip of v5p (the same pages); of GPUs one
+# InfiniBand port each, 200 Gbit/s beside an A100 and 400 beside an H100 (data sheets of DGX A100 and H100).
+
+# JAX gives a process 75% of a GPU's memory unless XLA_CLIENT_MEM_FRACTION says otherwise; experiments/cli.py
+# sets this share. CUDA reports 79.1 GiB of an A100 or H100 sold with 80 GB and 139.7 of an H200, so that 5.5
+# and 9.8 GiB are left to CUDA's context, NCCL's buffers and the workspaces of cuDNN and cuBLAS.
+GPU_MEMORY_FRACTION = 0.93
+
+
+def _of_gpu(gib: float) -> float:
+    return round(GPU_MEMORY_FRACTION * gib, 1)
+
+
 DEVICES = {
     "TPU v2": Device(22.5, 0, 7.5, 0.7, 62, 4, 350),
     "TPU v3": Device(61.5, 110, 15.5, 0.94, 82, 4, 450),
@@ -33,9 +45,9 @@ DEVICES = {
     "TPU v5 lite": Device(197, 0, 15.75, 1.503, 45, 4, 819, 3.125),
     "TPU v5": Device(459, 0, 95.0, 1.75, 90, 6, 2765, 6.25),
     "TPU v6 lite": Device(918, 0, 31.25, 1.75, 90, 4, 1640, 12.5),
-    "NVIDIA A100": Device(312, 400, 74.0, 0, 300, 1, 2039),
-    "NVIDIA H100": Device(989.4, 700, 74.0, 0, 450, 1, 3350),
-    "NVIDIA H200": Device(989.4, 700, 130.0, 0, 450, 1, 4800),
+    "NVIDIA A100": Device(312, 400, _of_gpu(79.1), 0, 300, 1, 2039, 25),
+    "NVIDIA H100": Device(989.4, 700, _of_gpu(79.1), 0, 450, 1, 3350, 50),
+    "NVIDIA H200": Device(989.4, 700, _of_gpu(139.7), 0, 450, 1, 4800, 50),
 }
 
 
@@ -115,13 +127,48 @@ def _slices():
             where = f"{name}:{shape}"
             yield f"{name}_{chips}", Slice(device, chips, hosts, f"{cloud}-{chips}", where)
     yield "v5e_256x2", Slice("TPU v5 lite", 512, 128, "v5litepod-256", "v5e:16x16", 2)
-    yield "a100_8", Slice("NVIDIA A100", 8, 1, "8xA100")
-    yield "h100_8", Slice("NVIDIA H100", 8, 1, "8xH100")
 
 
-SLICES = dict(_slices())
+# GPUs come in nodes of 8 (NVLink within, a network between them): a100_16 is two nodes.
+GPUS_PER_NODE, MOST_GPUS = 8, 2048
+GPUS = {"a100": "NVIDIA A100", "h100": "NVIDIA H100"}
 
 
-def find_slice(name: str, place: str) -> Slice:
-    """ValueError with the nearest name if there is none such; v4-32 is v4_32."""
-    return config.choose(SLICES, name.replace("-", "_"), place)
+def _nodes(kind: str, gpus: int) -> Slice:
+    nodes = gpus // GPUS_PER_NODE
+    node = f"{GPUS_PER_NODE}x{kind.upper()}"
+    return Slice(GPUS[kind], gpus, nodes, node if nodes == 1 else f"{nodes} nodes of {node}")
+
+
+SLICES = dict(_slices()) | {
+    f"{kind}_{2**n}": _nodes(kind, 2**n)
+    for kind in GPUS
+    for n in range(MOST_GPUS.bit_length())
+    if 2**n >= GPUS_PER_NODE
+}
+
+
+def find_slice(name: str, place: str = "mesh.hardware") -> Slice:
+    """The slice of that name: one of SLICES, or so many GPUs; v4-32 is v4_32.
+
+    ValueError with the nearest name if there is none such.
+    """
+    name = name.replace("-", "_")
+    kind, _, number = name.partition("_")
+    if kind in GPUS and number.isdecimal():
+        gpus = int(number)
+        if gpus % GPUS_PER_NODE or not GPUS_PER_NODE <= gpus <= MOST_GPUS:
+            near = min(max(round(gpus / GPUS_PER_NODE), 1) * GPUS_PER_NODE, MOST_GPUS)
+            raise ValueError(
+                f"{place}={name!r} must be whole nodes of {GPUS_PER_NODE} GPUs, at most {MOST_GPUS:,}; "
+                f"nearest: '{kind}_{near}'"
+            )
+        return _nodes(kind, gpus)
+    return config.choose(SLICES, name, place)
+
+
+def names() -> str:
+    """What `find_slice` finds, for messages."""
+    tpus = [name for name in SLICES if name.partition("_")[0] not in GPUS]
+    gpus = " or ".join(f"{kind}_N" for kind in GPUS)
+    return f"{', '.join(tpus)}, and {gpus} for N GPUs, a multiple of {GPUS_PER_NODE} up to {MOST_GPUS:,}"

@@ -102,14 +102,14 @@ def _compile(run: config.Run, name: str, decode: Sequence) -> Compiled:
     from llama_jax.train import program as programs
 
     start = time.monotonic()
-    layout = sharding.make(run.mesh, devices(hardware.SLICES[name]))
+    layout = sharding.make(run.mesh, devices(hardware.find_slice(name)))
     if decode:
         traced = decoding.trace(run.model, layout, decoding.Texts(*decode))
     else:
         program = programs.build(run, layout)
         traced = program.step.trace(program.state, program.batch)
     executed = flops.executed(traced.jaxpr.jaxpr)
-    options = hardware.compiler_options(hardware.SLICES[name].device)
+    options = hardware.compiler_options(hardware.find_slice(name).device)
     with tempfile.TemporaryDirectory() as dump:
         # as_text() of the compiled program fails on some generations; what is dumped is the same.
         compiled = traced.lower().compile(

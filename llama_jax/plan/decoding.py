@@ -57,7 +57,7 @@ def plan(run: config.Run, name: str, texts: Texts) -> Plan:
 
     ValueError if it cannot be compiled, DoesNotFit if it does not fit.
     """
-    slice_ = hardware.SLICES[name]
+    slice_ = hardware.find_slice(name)
     if not slice_.topology:
         raise ValueError(f"{name} is no TPU slice: there is no compiler for it here")
     device = hardware.DEVICES[slice_.device]

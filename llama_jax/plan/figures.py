@@ -45,7 +45,7 @@ class Plan:
 
 def plan(run: config.Run, name: str, compile: bool) -> Plan:
     """Figures of `run` on the slice `name`, by formula and, if asked and there is one, by the compiler."""
-    slice_ = hardware.SLICES[name]
+    slice_ = hardware.find_slice(name)
     device = hardware.DEVICES[slice_.device]
     program = programs.build(run, sharding.abstract(run.mesh, slice_.devices))
     need = memory.need(run, program.state, slice_.device)

@@ -48,7 +48,7 @@ class Fit(NamedTuple):
 
 def fits(run: config.Run, name: str) -> list[Fit]:
     """Layouts of `run` on the slice `name` that fit, fastest first; empty if none does."""
-    slice_ = hardware.SLICES[name]
+    slice_ = hardware.find_slice(name)
     limit = hardware.DEVICES[slice_.device].hbm_gib * SPARE
     whole = dataclasses.replace(run, mesh=config.Mesh())
     state, parameters, flops_per_token = _sizes(whole)
@@ -140,23 +140,22 @@ def _seconds(run: config.Run, flops_per_token: float, slice_: hardware.Slice) ->
         kept = 2 * memory.stored(lanes) * run.tokens_per_step / slice_.devices
         products += STORED_PASSES * kept / (device.hbm_gb_s * 1e9)
     kept_by_host = roofline.host(memory.offloaded(run))
-    if not slice_.topology:
-        return products + kept_by_host
     layer = (
         2
         * model.dim
         * (2 * model.head_dim * (model.heads + model.kv_heads) + 3 * model.ffn_dim)
         / mesh.tensor
     )  # bytes of one layer's parameters in bfloat16
-    gather = dict(kind="all-gather", bytes=layer, parts=mesh.fsdp * mesh.context)
+    apart, sharded = mesh.tensor, mesh.tensor * mesh.context * mesh.fsdp
+    gather = dict(kind="all-gather", bytes=layer, parts=mesh.fsdp * mesh.context, apart=apart)
     weights = model.layers * roofline.collective(gather, slice_) * (mesh.fsdp > 1)
     rows = mesh.slices * mesh.data * mesh.fsdp
     row = 2 * run.tokens_per_step / run.train.microbatches / rows / mesh.context
-    between = dict(kind="all-gather", bytes=row * model.dim, parts=mesh.tensor)
+    between = dict(kind="all-gather", bytes=row * model.dim, parts=mesh.tensor, apart=1)
     activations = 10 * roofline.collective(between, slice_) * (mesh.tensor > 1)
     # Heads for positions and back: queries, keys, values and what comes out, and their gradients.
     heads = row * model.head_dim * 2 * (model.heads + model.kv_heads) / mesh.tensor
-    exchange = dict(kind="all-to-all", bytes=heads, parts=mesh.context)
+    exchange = dict(kind="all-to-all", bytes=heads, parts=mesh.context, apart=apart)
     activations += 3 * roofline.collective(exchange, slice_) * (mesh.context > 1)
     # Weights are gathered behind the products, forward and backward; their gradients are reduced behind them
     # by sparse cores alone. Activations are exchanged between them. Whether copies to the host hide behind
@@ -167,6 +166,10 @@ def _seconds(run: config.Run, flops_per_token: float, slice_: hardware.Slice) ->
     if mesh.slices > 1:  # and the shards of gradients of one slice are added to another's
         shard = layer / (mesh.fsdp * mesh.context)
         between_products += micro * model.layers * shard / (device.dcn_gb_s * 1e9)
+    if not slice_.topology and mesh.data > 1:  # and those of one group of GPUs to another's
+        shard = layer / (mesh.fsdp * mesh.context)
+        summed = dict(kind="all-reduce", bytes=shard, parts=mesh.data, apart=sharded)
+        between_products += micro * model.layers * roofline.collective(summed, slice_)
     return max(products, micro * hidden * weights) + between_products + kept_by_host
 
 

@@ -63,7 +63,8 @@ def collective(one: Mapping[str, Any], slice_: hardware.Slice) -> float:
     """Seconds of one collective by itself, on rings over the links that its group has.
 
     Between slices the compiler makes sends, through the data centre's network, and receives, which come
-    the other way meanwhile.
+    the other way meanwhile. Of GPUs `one["apart"]` is the distance of neighbours in the group, in the order
+    of devices, which fills one node after another.
     """
     device, parts = hardware.DEVICES[slice_.device], max(one["parts"], 2)
     if one["kind"] == "send":
@@ -74,7 +75,17 @@ def collective(one: Mapping[str, Any], slice_: hardware.Slice) -> float:
     if one["kind"] == "collective-permute":
         return one["bytes"] / link
     share = (parts - 1) / parts * (2 if one["kind"] == "all-reduce" else 1)
+    if not slice_.topology:
+        return one["bytes"] * share / (1e9 * between_gpus(device, parts, one["apart"]))
     return one["bytes"] * share / (link * links(slice_.topology, parts))
+
+
+def between_gpus(device: hardware.Device, parts: int, apart: int) -> float:
+    """GB/s of each GPU in a group: NVLink's within a node; beyond it rings enter and leave a node through
+    the network ports of all its GPUs that are in the group."""
+    if parts * apart <= hardware.GPUS_PER_NODE:
+        return device.link_gb_s
+    return min(device.link_gb_s, device.dcn_gb_s * max(hardware.GPUS_PER_NODE // apart, 1))
 
 
 def links(topology: str, parts: int) -> int:
