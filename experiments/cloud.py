@@ -114,7 +114,7 @@ def set_up(bucket: str = "", packages: tuple[str, ...] = ()) -> str:
         steps += [
             "{ command -v gcsfuse > /dev/null || { echo 'gcsfuse is not on this host: install it, or leave"
             " --bucket out' >&2; exit 1; }; }",
-            # A checkpoint is finished by renaming its folder, which gcsfuse allows up to so many files.
+            # A damaged checkpoint is set aside by renaming its folder: of up to so many files.
             "mkdir -p ~/bucket && { mountpoint -q ~/bucket || gcsfuse --implicit-dirs"
             f" --rename-dir-limit=200000 {shlex.quote(bucket)} ~/bucket; }}",
         ]

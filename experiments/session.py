@@ -4,6 +4,7 @@ A workdir holds run.json (the config), checkpoints/, metrics.jsonl, tensorboard/
 and at the end runcard.json and runcard.md. On several hosts the first one writes.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -59,8 +60,7 @@ def claim(workdir: Path, run: config.Run) -> None:
     except OSError as error:
         raise ValueError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
     path = workdir / "run.json"
-    trained = any(step.name.isdigit() for step in (workdir / "checkpoints").glob("*"))
-    if trained and path.exists():
+    if files.committed(workdir / "checkpoints") and path.exists():
         differing = config.diff(config.from_dict(json.loads(path.read_text())), run, essential=True)
         if differing:
             raise another(workdir, "run", differing)
@@ -159,7 +159,12 @@ def train(
                 run, state, advance, batches, evaluate=evaluate, save=save,
                 recorder=recorder, interrupt=interrupt, audit=audit,
             )  # fmt: skip
+        checkpoints.wait()
+    except Exception:
+        # A checkpoint that is being written is finished first: it may be minutes of work, or the only one.
+        with contextlib.suppress(checkpoint.SaveError):
             checkpoints.wait()
+        raise
     finally:
         console.close()
     rows = metrics.read(workdir / "metrics.jsonl") if hosts.first() else []

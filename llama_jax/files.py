@@ -1,7 +1,9 @@
-"""Files that are there whole or not at all, also where several processes write the same one."""
+"""Files and folders that are there whole or not at all, also where several processes write the same one."""
 
 import tempfile
 from pathlib import Path
+
+COMMIT = "commit_success.txt"  # what Orbax writes last into the folder of a checkpoint
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -19,3 +21,12 @@ def write(path: Path, content: str | bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def committed(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder `checkpoints`, rising."""
+    return sorted(
+        int(path.name)
+        for path in folder.glob("*")
+        if path.name.isdigit() and (path / COMMIT).is_file()
+    )

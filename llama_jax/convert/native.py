@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from orbax.checkpoint import type_handlers
 
-from llama_jax import config, dims, tree
+from llama_jax import config, dims, files, tree
 from llama_jax.convert import json_file, names
 from llama_jax.convert.names import Unit
 from llama_jax.convert.source import Source, Tokenizer, tokenizer_of
@@ -200,12 +200,10 @@ def _place(folder: Path) -> tuple[Path, str]:
     """The Orbax checkpoint of a folder, and what stands before the parameters' names in it."""
     if (folder / PARAMS).is_dir():
         return folder / PARAMS, ""
-    steps = [
-        p for p in (folder / "checkpoints").glob("*") if p.name.isdigit() and (p / "state").is_dir()
-    ]
+    steps = files.committed(folder / "checkpoints")
     if not steps:
         raise ValueError(f"{folder} holds no finished checkpoint; train it first")
-    return max(steps, key=lambda step: int(step.name)) / "state", "params."
+    return folder / "checkpoints" / str(steps[-1]) / "state", "params."
 
 
 def _arrays(folder: Path) -> dict[str, ts.TensorStore]:

@@ -1,14 +1,21 @@
 """Checkpoints: the state, and a record of what made it. Orbax writes them, asynchronously, atomically.
 
 A folder `checkpoints/<step>` holds `state` (the arrays) and `record` (JSON: the run, the place in the
-data, provenance, a checksum of each array). A folder without Orbax's commit is never listed. One that cannot
-be read, or whose arrays do not match their checksums, is set aside and the one before is taken.
+data, provenance, a checksum of each array). It is written in place, and complete once Orbax's commit file is
+in it: no folder is renamed, which on a mounted bucket is neither atomic nor cheap. A folder without that file
+is not a checkpoint. One that some host cannot read, or whose arrays do not match their checksums, is set
+aside by all hosts together, and the one before is taken.
 """
 
 import contextlib
 import dataclasses
+import errno
+import itertools
+import json
 import os
 import re
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from llama_jax import config, tree
+from llama_jax import config, files, tree
 
 PIECE_BYTES = 16 << 20
+RETRY_SECONDS = 2.0  # before a checkpoint that could not be read is read once more
+REASON_BYTES = 240  # of a host's reason, told to the others
+READ, UNREADABLE, NO_MEMORY = range(3)  # what came of reading a checkpoint; the worst host's counts
 
 
 class SaveError(Exception):
@@ -40,7 +51,11 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=options.keep, enable_async_checkpointing=True
+                max_to_keep=options.keep,
+                enable_async_checkpointing=True,
+                atomicity_options=ocp.options.AtomicityOptions(
+                    ocp.options.AtomicityMode.COMMIT_FILE
+                ),
             ),
             item_names=("state", "record"),
         )
@@ -83,31 +98,51 @@ class Checkpoints:
                 f"({_first_line(error)}); {kept}"
             ) from error
 
+    def clean(self) -> list[str]:
+        """Remove what interrupted saves left, and return its names.
+
+        Only for the process that holds the workdir, before its first save.
+        """
+        complete = {str(step) for step in files.committed(self.folder)}
+        left = [
+            path
+            for path in sorted(self.folder.iterdir())
+            if path.is_dir()
+            and (
+                ".orbax-checkpoint-tmp" in path.name
+                or (path.name.isdigit() and path.name not in complete)
+            )
+        ]
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
+        return [path.name for path in left]
+
     def latest(self, target: Any, report=print) -> Restored | None:
         """The newest readable checkpoint in the shapes and shardings of `target`; None if there is none.
 
-        Newer ones that could not be read are renamed to `<step>.unreadable` and reported. RuntimeError
-        when there were checkpoints and none is readable: starting afresh would overwrite them; and on several
-        hosts at the first unreadable one.
+        All hosts must call it and take the same one: what one of them cannot read, none takes. Newer
+        ones that could not be read are renamed to `<step>.unreadable` and reported. RuntimeError when
+        there were checkpoints and none is readable, since starting afresh would overwrite them, and when
+        memory was too small for one, which says nothing against it.
         """
-        failures: dict[int, str] = {}
-        for step in reversed(self.steps()):
-            try:
-                restored = self._restore(step, target)
-            except Exception as error:  # Orbax and TensorStore raise a dozen kinds
-                failures[step] = _first_line(error)
-                if jax.process_count() > 1:  # the others may have read theirs: no way back here
-                    raise RuntimeError(
-                        f"checkpoint {step} is unreadable on host {jax.process_index()} ({failures[step]}); "
-                        f"rename {self.folder / str(step)} and start again: the one before is taken"
-                    ) from error
-                report(f"WARNING: checkpoint {step} is unreadable ({failures[step]})")
-                continue
-            for bad in failures:
-                (self.folder / str(bad)).rename(self.folder / f"{bad}.unreadable")
-                report(f"WARNING: checkpoint {bad} is set aside; going on from step {step}")
-            self._manager.reload()
-            return restored
+        failures: list[int] = []
+        for step in self._listed():
+            outcome, restored, reason = self._restore(step, target)
+            if outcome == UNREADABLE:  # a network file system may have hiccuped
+                time.sleep(RETRY_SECONDS)
+                outcome, restored, reason = self._restore(step, target)
+            if outcome == NO_MEMORY:
+                raise RuntimeError(
+                    f"checkpoint {step} in {self.folder} does not fit into memory ({reason}); it is "
+                    "left as it is: free memory, or use more devices"
+                )
+            if outcome == READ:
+                self._set_aside(failures)
+                for bad in failures:
+                    report(f"WARNING: checkpoint {bad} is set aside; going on from step {step}")
+                return restored
+            report(f"WARNING: checkpoint {step} is unreadable ({reason})")
+            failures.append(step)
         if failures:
             raise RuntimeError(
                 f"none of the checkpoints {sorted(failures)} in {self.folder} is readable; "
@@ -116,19 +151,73 @@ class Checkpoints:
         return None
 
     def record(self, step: int) -> dict[str, Any]:
-        args = ocp.args.Composite(record=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args).record
+        return json.loads((self.folder / str(step) / "record" / "metadata").read_text())
 
-    def _restore(self, step: int, target: Any) -> Restored:
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore()
-        )
-        restored = self._manager.restore(step, args=items)
-        found, wanted = checksums(restored.state), restored.record["checksums"]
-        for name, value in wanted.items():
-            if found.get(name) != value:
-                raise ValueError(f"{name} does not match its checksum")
-        return Restored(restored.state, restored.record)
+    def _listed(self) -> list[int]:
+        """Steps of complete checkpoints, newest first, as the first host sees them."""
+        steps = files.committed(self.folder)[::-1]
+        if jax.process_count() == 1:
+            return steps
+        count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+        if count == 0:
+            return []
+        padded = np.array((steps + [0] * count)[:count], np.int32)
+        return [int(step) for step in multihost_utils.broadcast_one_to_all(padded)]
+
+    def _restore(self, step: int, target: Any) -> tuple[int, Restored | None, str]:
+        """(outcome, checkpoint, reason), the same outcome on every host.
+
+        Reading waits for no other host, so that a host which fails does not keep the others waiting.
+        """
+        outcome, restored, reason = READ, None, ""
+        try:
+            handler = ocp.StandardCheckpointHandler()
+            args = ocp.args.StandardRestore(target)
+            state = handler.restore(self.folder / str(step) / "state", args=args)
+            restored, wanted = Restored(state, record := self.record(step)), record["checksums"]
+        except Exception as error:  # Orbax and TensorStore raise a dozen kinds
+            outcome, reason = _kind(error), _first_line(error)
+        outcome, reason = _worst(outcome, reason)
+        if outcome != READ:
+            return outcome, None, reason
+        found = checksums(restored.state)
+        if bad := [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]:
+            outcome, reason = UNREADABLE, f"{bad[0]} does not match its checksum"
+        outcome, reason = _worst(outcome, reason)
+        return outcome, restored if outcome == READ else None, reason
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Rename checkpoints; of those that were set aside earlier only the newest stays."""
+        if steps and jax.process_index() == 0:
+            for old in self.folder.glob("*.unreadable*"):
+                shutil.rmtree(old, ignore_errors=True)
+            for step in steps:
+                (self.folder / str(step)).rename(_free(self.folder / f"{step}.unreadable"))
+        _worst(READ, "")  # the others list what is there after that
+        self._manager.reload()
+
+
+def _free(path: Path) -> Path:
+    """The path, or the first of path-2, path-3, ... at which there is nothing."""
+    names = (path.with_name(f"{path.name}-{n}") if n > 1 else path for n in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
+def _kind(error: Exception) -> int:
+    """What an error of reading says: too little memory says nothing against the checkpoint."""
+    no_memory = isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM
+    return NO_MEMORY if no_memory or "RESOURCE_EXHAUSTED" in str(error) else UNREADABLE
+
+
+def _worst(outcome: int, reason: str) -> tuple[int, str]:
+    """The worst outcome of all hosts, and that host's reason. All must call it."""
+    if jax.process_count() == 1:
+        return outcome, reason
+    text = reason.encode()[:REASON_BYTES].ljust(REASON_BYTES)
+    every = multihost_utils.process_allgather(np.frombuffer(bytes([outcome]) + text, np.uint8))
+    host = int(every[:, 0].argmax())
+    said = every[host, 1:].tobytes().decode(errors="ignore").strip()
+    return int(every[host, 0]), f"host {host}: {said}"
 
 
 def _pieces(state: Any) -> Any:

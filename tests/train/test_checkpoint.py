@@ -1,6 +1,12 @@
 import json
+import os
 import resource
+import shutil
 import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from llama_jax import config, sharding, tree
+from llama_jax import config, files, sharding, tree
+from llama_jax.convert import native
 from llama_jax.train import checkpoint
 
 # The threads and the event loop of a failed Orbax call die one by one, each with a traceback.
@@ -16,6 +23,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", 0.0)
 
 
 def state(layout, seed=0):
@@ -157,12 +169,159 @@ def test_the_systems_reason_is_said_though_a_long_message_has_only_its_number(
         kept.save(5, state(layout, 5), {})
 
 
-def test_an_unfinished_save_is_not_listed(tmp_path, layout):
-    """What a kill in the middle of a save leaves: Orbax's temporary folder."""
+def unfinished(kept, step):
+    """What a kill in the middle of a save leaves: the folder in place, without Orbax's commit file."""
+    shutil.copytree(kept.folder / str(kept.steps()[-1]), kept.folder / str(step))
+    (kept.folder / str(step) / files.COMMIT).unlink()
+
+
+def test_an_unfinished_save_is_no_checkpoint(tmp_path, layout):
     kept = saved(tmp_path, layout, 3)
-    (kept.folder / "5.orbax-checkpoint-tmp").mkdir()
-    (kept.folder / "5.orbax-checkpoint-tmp" / "state").write_text("half")
-    assert checkpoints(tmp_path).steps() == [3]
+    unfinished(kept, 5)
+    again = checkpoints(tmp_path)
+    assert again.steps() == files.committed(again.folder) == [3]
+    assert again.latest(target(state(layout))).record["next_step"] == 3
+    assert native._place(tmp_path)[0] == kept.folder / "3" / "state", (
+        "what generate and convert read"
+    )
+    again.save(5, state(layout, 5), {"next_step": 5})
+    again.wait()
+    assert checkpoints(tmp_path).latest(target(state(layout))).record["next_step"] == 5
+
+
+def test_a_finished_save_was_never_renamed(tmp_path, layout, monkeypatch):
+    """Mounted buckets rename a folder file by file."""
+    renamed = []
+    for module, name in ((os, "rename"), (os, "replace")):
+        monkeypatch.setattr(module, name, lambda *paths, **_: renamed.append(paths))
+    saved(tmp_path, layout, 3)
+    assert not renamed
+
+
+def test_what_interrupted_saves_left_is_removed(tmp_path, layout):
+    kept = saved(tmp_path, layout, 3)
+    unfinished(kept, 5)
+    (kept.folder / "7.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    (kept.folder / "notes").mkdir()
+    assert checkpoints(tmp_path).clean() == ["5", "7.orbax-checkpoint-tmp"]
+    assert sorted(path.name for path in kept.folder.iterdir()) == ["3", "notes"]
+    assert checkpoints(tmp_path).clean() == []
+
+
+def test_a_step_that_is_damaged_again_is_set_aside_again(tmp_path, layout):
+    """And the folders of earlier damage do not pile up."""
+    saved(tmp_path, layout, 3)
+    for _ in range(2):
+        kept = saved(tmp_path, layout, 5)
+        flip_a_bit(largest_file(kept.folder / "5" / "state"))
+        restored = checkpoints(tmp_path).latest(target(state(layout)), lambda _: None)
+        assert restored.record["next_step"] == 3
+        assert sorted(path.name for path in kept.folder.iterdir()) == ["3", "5.unreadable"]
+
+
+def test_a_name_that_is_taken_is_passed_over(tmp_path):
+    assert checkpoint._free(tmp_path / "a") == tmp_path / "a"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a-2").mkdir()
+    assert checkpoint._free(tmp_path / "a") == tmp_path / "a-3"
+
+
+def failing(monkeypatch, error, times):
+    """Reading arrays raises `error` so often."""
+    left, restore = [error] * times, ocp.StandardCheckpointHandler.restore
+
+    def maybe(self, *args, **kwargs):
+        if left:
+            raise left.pop()
+        return restore(self, *args, **kwargs)
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", maybe)
+
+
+def test_a_hiccup_of_the_file_system_is_not_taken_for_damage(tmp_path, layout, monkeypatch):
+    kept = saved(tmp_path, layout, 3, 5)
+    failing(monkeypatch, OSError(5, "Input/output error"), 1)
+    restored = checkpoints(tmp_path).latest(target(state(layout)), pytest.fail)
+    assert restored.record["next_step"] == 5
+    assert kept.steps() == [3, 5]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")]
+)
+def test_too_little_memory_says_nothing_against_a_checkpoint(tmp_path, layout, monkeypatch, error):
+    kept = saved(tmp_path, layout, 3, 5)
+    failing(monkeypatch, error, 9)
+    with pytest.raises(RuntimeError, match=r"checkpoint 5 in .* does not fit into memory"):
+        checkpoints(tmp_path).latest(target(state(layout)), pytest.fail)
+    assert sorted(path.name for path in kept.folder.iterdir()) == ["3", "5"]
+
+
+def test_what_another_host_cannot_read_is_not_taken_here(tmp_path, layout, monkeypatch):
+    kept, said = saved(tmp_path, layout, 3, 5), []
+    answers = [(checkpoint.UNREADABLE, "host 1: it is not there")] * 2
+    monkeypatch.setattr(checkpoint, "_worst", lambda *own: answers.pop() if answers else own)
+    restored = checkpoints(tmp_path).latest(target(state(layout)), said.append)
+    assert restored.record["next_step"] == 3
+    assert said[0] == "WARNING: checkpoint 5 is unreadable (host 1: it is not there)"
+    assert (kept.folder / "5.unreadable").is_dir()
+
+
+TWO_HOSTS = """
+import sys, pathlib, jax
+folder, where, process = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+jax.distributed.initialize(where, 2, process)
+import numpy as np, orbax.checkpoint as ocp
+from llama_jax import config
+from llama_jax.train import checkpoint
+checkpoint.RETRY_SECONDS = 0.0
+mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+across = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+make = lambda n: {"a": jax.make_array_from_callback((8,), across, lambda i: np.full(8, n, np.float32)[i])}
+kept = checkpoint.Checkpoints(folder, config.Checkpoint(keep=3))
+for step in (3, 5):
+    kept.save(step, make(step), {"next_step": step})
+kept.wait()
+restore = ocp.StandardCheckpointHandler.restore
+def blind(self, path, *args, **kwargs):
+    if process == 1 and path.parent.name == "5":
+        raise OSError(5, "Input/output error")
+    return restore(self, path, *args, **kwargs)
+ocp.StandardCheckpointHandler.restore = blind
+target = {"a": jax.ShapeDtypeStruct((8,), np.float32, sharding=across)}
+kept = checkpoint.Checkpoints(folder, config.Checkpoint(keep=3))
+restored = kept.latest(target)
+assert all((shard.data == 3).all() for shard in restored.state["a"].addressable_shards)
+kept.save(7, make(7), {"next_step": 7})
+kept.wait()
+print(restored.record["next_step"], kept.steps(), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_hosts_set_aside_what_one_of_them_cannot_read(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_HOSTS, tmp_path, where, str(process)],
+            cwd=Path(__file__).parents[2], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for process in range(2)
+    ]  # fmt: skip
+    texts = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], texts
+    for out, _ in texts:
+        assert "checkpoint 5 is unreadable (host 1: [Errno 5] Input/output error)" in out
+        assert out.endswith("3 [3, 7]\n")
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "3",
+        "5.unreadable",
+        "7",
+    ]
 
 
 def test_checksums_do_not_depend_on_the_mesh_and_see_any_bit(layout):

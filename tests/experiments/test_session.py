@@ -1,0 +1,66 @@
+"""A run in its workdir, with everything that computes replaced."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from experiments import session
+from llama_jax import config
+from llama_jax.train import checkpoint, loop
+
+RUN = config.Run(
+    data=config.Data(seq_len=8),
+    optim=config.Optim(warmup_steps=0),
+    train=config.Train(steps=10, batch_size=4),
+    log=config.Log(tensorboard="off"),
+)
+
+
+class Checkpoints:
+    """Saves that are on disk once somebody waits for them."""
+
+    def __init__(self, broken=False):
+        self.started, self.written, self.broken = [], [], broken
+
+    def save(self, step, state, record):
+        self.started.append(step)
+
+    def wait(self):
+        if self.broken:
+            raise checkpoint.SaveError("the disk is full")
+        self.written = list(self.started)
+
+
+def play(monkeypatch, tmp_path, run_loop, checkpoints):
+    """session.train around `run_loop`, from step 0."""
+    for module, name, value in (
+        (session.checkpoint, "Checkpoints", lambda *_: checkpoints),
+        (session, "start", lambda *_: (SimpleNamespace(step=0, params={}), 0.0)),
+        (session, "figures", lambda *_: loop.Rates(1.0, 0.0)),
+        (session.provenance, "describe", lambda _: {}),
+        (session.iterator, "train", lambda *_: iter(())),
+        (session.loop, "run", run_loop),
+    ):
+        monkeypatch.setattr(module, name, value)
+    machine = SimpleNamespace(
+        advance=None,
+        evaluate=None,
+        program=SimpleNamespace(module=SimpleNamespace(layout=None)),
+    )
+    console = SimpleNamespace(close=lambda: None)
+    with loop.Interrupt() as interrupt:
+        return session.train(RUN, tmp_path, machine, None, interrupt, lambda first, steps: console)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_checkpoint_being_written_is_waited_for_when_training_fails(
+    monkeypatch, tmp_path, broken
+):
+    def run_loop(run, state, *_, save, **__):
+        save(5, state, 1.0)
+        raise loop.Anomaly("step 6: not finite")
+
+    checkpoints = Checkpoints(broken)
+    with pytest.raises(loop.Anomaly, match="step 6"):
+        play(monkeypatch, tmp_path, run_loop, checkpoints)
+    assert checkpoints.written == ([] if broken else [5])
