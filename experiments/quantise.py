@@ -161,7 +161,7 @@ def of_run(run: config.Run, module: Transformer, rows: int, length: int) -> Rows
     """What the run was trained on, in its order, and what it was validated on."""
     prepared = prepare.prepare(run.data, run.model.vocab_size)
     size = run.train.batch_size
-    load = iterator.loader(run, prepared, 0, size)
+    load = iterator.loader(run, prepared, np.arange(size))
     inputs = [load(step).batch.tokens_BT for step in range(-(-rows // size))]
     held = []
     for batch in iterator.validation(run, prepared, module.layout):

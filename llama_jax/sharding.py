@@ -162,11 +162,16 @@ class Layout:
         """ValueError unless so many rows, one microbatch, spread evenly over the devices."""
         self.check((rows,), "B", "batch", BATCH)
 
-    def host_rows(self, rows: int) -> tuple[int, int]:
-        """(start, stop) of the global rows that this process's devices hold."""
-        indices = self.batch("B").addressable_devices_indices_map((rows,)).values()
-        spans = [index[0].indices(rows)[:2] for index in indices]
-        return min(start for start, _ in spans), max(stop for _, stop in spans)
+    def host_rows(self, rows: int, process: int | None = None) -> np.ndarray:
+        """The global rows that the devices of a process hold, this one's if none is named, ascending.
+
+        They are seldom contiguous: a mesh follows the torus of a TPU slice, where the chips of a host are
+        not neighbours along fsdp or data.
+        """
+        process = jax.process_index() if process is None else process
+        parts = self.batch("B").devices_indices_map((rows,)).items()
+        spans = {part.indices(rows) for device, (part,) in parts if device.process_index == process}
+        return np.concatenate([np.arange(*span) for span in sorted(spans)])
 
     def put(self, local: np.ndarray, letters: str, rows: int) -> jax.Array:
         """A global array of `rows` rows from this process's rows `host_rows(rows)`."""

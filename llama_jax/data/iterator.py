@@ -30,7 +30,7 @@ def train(run: config.Run, prepared: Prepared, layout: Layout, first_step: int) 
     """The batches of steps first_step .. train.steps-1, as global arrays."""
     import grain
 
-    load = loader(run, prepared, *layout.host_rows(run.train.batch_size))
+    load = loader(run, prepared, layout.host_rows(run.train.batch_size))
     threads = run.data.threads
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     steps = grain.MapDataset.range(first_step, run.train.steps).map(load)
@@ -46,15 +46,15 @@ def abstract(run: config.Run, layout: Layout) -> Batch:
     return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in types))
 
 
-def loader(run: config.Run, prepared: Prepared, start: int, stop: int) -> Callable[[int], Loaded]:
-    """step -> its global batch, but in numpy and only the rows start..stop of it."""
+def loader(run: config.Run, prepared: Prepared, own: np.ndarray) -> Callable[[int], Loaded]:
+    """step -> its global batch, but in numpy and only the rows `own` of it."""
     order = mixture.order_of(run.data, prepared)
     size = run.train.batch_size
 
     def load(step: int) -> Loaded:
         picks = [order[int(step) * size + i] for i in range(size)]
         sources, rows = np.array(picks, np.int64).T
-        return Loaded(_load(run, prepared, "train", picks[start:stop]), sources, rows)
+        return Loaded(_load(run, prepared, "train", [picks[i] for i in own]), sources, rows)
 
     return load
 
@@ -66,12 +66,12 @@ def validation(run: config.Run, prepared: Prepared, layout: Layout) -> Iterator[
     """
     picks = mixture.validation_picks(prepared, run.eval.rows)
     size = run.train.batch_size // run.train.microbatches
-    start, stop = layout.host_rows(size)
+    own = layout.host_rows(size)
     for first in range(0, len(picks), size):
         real = picks[first : first + size]
         filled = real + real[-1:] * (size - len(real))
-        local = _load(run, prepared, "validation", filled[start:stop])
-        counts_B1 = (np.arange(start, stop) < len(real)).astype(np.float32)[:, None]
+        local = _load(run, prepared, "validation", [filled[i] for i in own])
+        counts_B1 = (own < len(real)).astype(np.float32)[:, None]
         yield _put(local._replace(weights_BT=local.weights_BT * counts_B1), layout, size)
 
 

@@ -62,9 +62,9 @@ def windows(
 def _batches(module, params, rows: np.ndarray, tokens_at_once: int) -> Iterator[np.ndarray]:
     parts = module.layout.row_parts
     size = max(tokens_at_once // (rows.shape[1] * parts), 1) * parts
-    start, stop = module.layout.host_rows(size)
+    own = module.layout.host_rows(size)
     for first in range(0, len(rows), size):
         real = rows[first : first + size].astype(np.int32)
         filled = np.concatenate([real, np.repeat(real[-1:], size - len(real), axis=0)])
-        tokens_BU = module.layout.put(filled[start:stop], "BT", size)
+        tokens_BU = module.layout.put(filled[own], "BT", size)
         yield np.asarray(token_nll(module, params, tokens_BU))[: len(real)]

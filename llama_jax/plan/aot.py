@@ -32,7 +32,7 @@ ENVIRONMENT = {
 GiB = 2**30
 # This package, and where `make test` puts libtpu: beside the other packages, since a JAX that finds it looks
 # for a TPU at every start and complains that there is none.
-_PLACES = (str(Path(config.__file__).resolve().parents[1]), str(Path(sys.prefix) / "libtpu"))
+PLACES = (str(Path(config.__file__).resolve().parents[1]), str(Path(sys.prefix) / "libtpu"))
 
 
 class Compiled(NamedTuple):
@@ -61,7 +61,7 @@ def compile(run: config.Run, name: str, decode: Sequence = ()) -> Compiled:
     child = subprocess.run(
         [sys.executable, "-c", "from llama_jax.plan import aot; aot.answer()"],
         input=request,
-        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([*_PLACES, *sys.path])},
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([*PLACES, *sys.path])},
         capture_output=True,
         text=True,
     )
