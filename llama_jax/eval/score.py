@@ -23,7 +23,7 @@ def token_nll(module: Transformer, params: Any, tokens_BU: jax.Array) -> jax.Arr
     inputs_BT, targets_BT = tokens_BU[:, :-1], tokens_BU[:, 1:]
     B, T = inputs_BT.shape
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    hidden = module.apply({"params": params}, inputs_BT, positions_BT)
+    hidden = transformer.portable(module).apply({"params": params}, inputs_BT, positions_BT)
     wanted = 4 * B * T * hidden.w_DV.shape[1] / LOGITS_BYTES
     parts = next(n for n in range(1, T + 1) if T % n == 0 and n >= min(wanted, T))
 

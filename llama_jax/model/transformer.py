@@ -165,6 +165,15 @@ def build(model: config.Model, layout: Layout) -> Transformer:
     return module
 
 
+def portable(module: Transformer) -> Transformer:
+    """The same network with the attention kernel that every device and every length has.
+
+    Training chooses a kernel for its own devices and rows. Scoring and calibration read rows of other
+    lengths, often elsewhere: splash needs a TPU and multiples of 128, cuDNN a GPU and 16-bit types.
+    """
+    return module.clone(config=dataclasses.replace(module.config, kernel="blockwise"))
+
+
 def init(module: Transformer, key: jax.Array) -> Any:
     """Parameters, a nested dict of float32 arrays. Call it under jit with out_shardings."""
     return nn.unbox(_boxed(module, key))

@@ -36,6 +36,7 @@ def quantise(
     """
     if bool(len(batches)) != quant.reads_text:
         raise ValueError(f"{quant} reads {'a text' if quant.reads_text else 'no text'}")
+    module = transformer.portable(module)
     letters = tree.paths(transformer.letters(module))
     outer = {
         name: _parameter(name, w, letters[name], quant)

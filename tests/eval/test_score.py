@@ -54,6 +54,16 @@ def test_longer_windows_score_the_same_tokens_with_more_before_them(model, layou
     np.testing.assert_allclose(whole.position_T, direct[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+def test_a_kernel_of_other_devices_and_lengths_does_not_matter(model, layout, kernel):
+    """Neither runs on a CPU, and splash takes multiples of 128 alone."""
+    module, params = network(model, layout)
+    tokens = rows(model)[:2]
+    expected = score.windows(module, params, tokens, 1, 20).row_R
+    trained, _ = network(dataclasses.replace(model, kernel=kernel), layout)
+    np.testing.assert_array_equal(score.windows(trained, params, tokens, 1, 20).row_R, expected)
+
+
 @pytest.mark.slow
 def test_meshes_have_the_numbers_of_one_device(layout):
     model = config.Model(

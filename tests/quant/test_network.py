@@ -123,6 +123,16 @@ def test_calibration_reads_what_quantised_layers_before_it_make(layout):
         close(np.asarray(found), x.T @ x, 1e-4)
 
 
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+def test_what_was_trained_elsewhere_is_calibrated_here(layout, kernel):
+    module, params = make(BASE, layout)
+    trained, _ = make(dataclasses.replace(BASE, kernel=kernel), layout)
+    quant = config.Quant(bits=4, group=8)
+    wanted, made = (network.quantise(one, params, quant, [TOKENS]) for one in (module, trained))
+    for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(made), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_many_devices_have_the_numbers_of_one(layout):
     model = dataclasses.replace(BASE, dim=32, heads=4, kv_heads=2, ffn_dim=48)
     module, params = make(model, layout)
