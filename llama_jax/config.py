@@ -42,6 +42,12 @@ def _not_negative(part, place, *names):
             raise ValueError(f"{place}.{name}={getattr(part, name)} must not be negative")
 
 
+def check_seed(seed: int, place: str) -> None:
+    """ValueError if JAX would take it for another one: its keys have 32 bits."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"{place}={seed} must be from 0 to {2**32 - 1}; try {seed % 2**32}")
+
+
 def _divides(small_place, small, large_place, large):
     if large % small:
         low = [n for n in range(1, math.isqrt(large) + 1) if large % n == 0]
@@ -299,6 +305,7 @@ class Train:
     def __post_init__(self):
         _positive(self, "train", "steps", "batch_size", "microbatches", "loss_chunks", "max_skips")
         _not_negative(self, "train", "z_loss", "spike_nats")
+        check_seed(self.seed, "train.seed")
         _divides("train.microbatches", self.microbatches, "train.batch_size", self.batch_size)
         choose(("stop", "skip"), self.on_anomaly, "train.on_anomaly")
 
@@ -382,6 +389,14 @@ class Decode:
     def __post_init__(self):
         _positive(self, "decode", "max_new_tokens", "repetition_penalty", "samples", "rows")
         _not_negative(self, "decode", "temperature", "top_k")
+        if 0 < self.temperature < 1e-6 or not math.isfinite(self.temperature):
+            raise ValueError(
+                f"decode.temperature={self.temperature} must be 0, which takes the likeliest token, or at "
+                "least 1e-06: float32 logits divided by less are infinite"
+            )
+        if not math.isfinite(self.repetition_penalty):
+            raise ValueError(f"decode.repetition_penalty={self.repetition_penalty} must be finite")
+        check_seed(self.seed, "decode.seed")
         choose(("compute", "bfloat16", "int8"), self.cache, "decode.cache")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"decode.top_p={self.top_p} must be above 0 and at most 1")

@@ -86,6 +86,12 @@ def test_draws_follow_the_distribution():
         (dict(temperature=1.0, top_p=0.0), "decode.top_p=0.0 must be above 0 and at most 1"),
         (dict(temperature=1.0, min_p=1.0), "decode.min_p=1.0 must be at least 0 and below 1"),
         (dict(temperature=-1.0), "decode.temperature=-1.0 must not be negative"),
+        (dict(temperature=1e-39), "decode.temperature=1e-39 must be 0, .* or at least 1e-06"),
+        (dict(repetition_penalty=float("inf")), "decode.repetition_penalty=inf must be finite"),
+        (
+            dict(temperature=1.0, seed=2**64 + 5),
+            "decode.seed=18446744073709551621 must be from 0 .* try 5",
+        ),
         (dict(top_k=5), "decode.top_k=5 has no effect while decode.temperature=0.0"),
         (dict(samples=2), "decode.samples=2 has no effect while"),
         (dict(stop=("",)), "decode.stop has an empty text"),
