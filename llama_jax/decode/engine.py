@@ -45,9 +45,23 @@ class Engine:
 
     def __init__(self, module: Transformer, params: Any, decode: config.Decode):
         """`params` as `transformer.init` or `native.load` give them; they are given up."""
-        self.params = transformer.unstack(module, params)
         self.module = transformer.unstacked(module)
         self.decode = decode
+        self.version = 0
+        self.load(params)
+
+    def load(self, params: Any) -> None:
+        """Take other parameters, in the form that the first ones had; they are given up.
+
+        Keys and values of the ones before are void: `version` tells a Decoder.
+        """
+        self._params = transformer.unstack(self.module, params)
+        self.version += 1
+
+    @property
+    def params(self) -> Any:
+        """A layer group at a time, in the compute dtype. `load` replaces them."""
+        return self._params
 
     @property
     def window(self) -> int:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from llama_jax import config
 from llama_jax.decode.engine import Engine
 from llama_jax.decode.text import Text
 from llama_jax.tokenizer.base import Tokenizer
@@ -68,8 +69,10 @@ class Decoder:
     ):
         """For texts of at most `length` tokens, prompts and all."""
         self.engine, self.tokenizer, self.end_tokens = engine, tokenizer, end_tokens
+        self.length = length
         self.rows = engine.rows(rows, length)
         self.held: list[Sequence[int]] = [()] * rows  # the text that is in each row's cache
+        self._version = engine.version  # of the parameters that computed the caches
 
     def run(
         self,
@@ -80,7 +83,19 @@ class Decoder:
         """Each request's number and result, as they end.
 
         listen(number, text): more of a text is there. stopped(): whether to end all texts as they are.
+        ValueError, before anything runs, on a request that the decoder has no room for.
         """
+        for number, request in enumerate(requests):
+            self._check(number, request)
+        if self._version != self.engine.version:
+            self.held, self._version = [()] * len(self.held), self.engine.version
+        active: set[int] = set()  # rows that advance: they go on until they are ended
+        try:
+            yield from self._run(requests, listen, stopped, active)
+        finally:  # also after an exception, and when nobody asks for the rest
+            self._end(active)
+
+    def _run(self, requests, listen, stopped, active: set[int]) -> Iterator[tuple[int, Result]]:
         if not requests:
             return
         waiting = deque(enumerate(requests))
@@ -90,6 +105,7 @@ class Decoder:
             for row in range(len(texts)):
                 if texts[row] is None and waiting and not stopped():
                     number, request = waiting.popleft()
+                    active.add(row)
                     texts[row] = self._begin(row, number, request, shared, listen)
             if not stopped() and all(one is None or not one.text.end for one in texts):
                 self.rows, said = self.engine.advance(self.rows)
@@ -107,11 +123,35 @@ class Decoder:
                     # The last token need not have gone through the network.
                     self.held[row] = [*self.held[row], *one.text.tokens[:-1]]
                     if not waiting:
-                        self.rows = self.engine.end(self.rows, row)
+                        self._end({row})
+                        active.discard(row)
                     yield one.result()
                     texts[row] = None
             if stopped():
                 return
+
+    def _check(self, number: int, request: Request) -> None:
+        new, total = request.max_new_tokens, len(request.tokens) + request.max_new_tokens
+        if not request.tokens or new < 1:
+            raise ValueError(
+                f"requests[{number}] has {len(request.tokens)} tokens and max_new_tokens={new}; both "
+                "must be at least 1"
+            )
+        if total > self.length:
+            raise ValueError(
+                f"requests[{number}] has {len(request.tokens)} tokens and max_new_tokens={new}; together "
+                f"they must be at most {self.length}, for which this decoder was made"
+            )
+        config.check_seed(request.seed, f"requests[{number}].seed")
+
+    def _end(self, rows: Collection[int]) -> None:
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.rows)):
+            # A call that was interrupted had taken the arrays over.
+            self.rows = self.engine.rows(len(self.held), self.length)
+            self.held = [()] * len(self.held)
+            return
+        for row in rows:
+            self.rows = self.engine.end(self.rows, row)
 
     def _shared(self, requests: Sequence[Request]) -> int:
         """So many tokens at the beginning are the same in all."""
@@ -133,6 +173,7 @@ class Decoder:
         if shared and holder is not None and holder != row:
             self.rows = self.engine.copy(self.rows, holder, row)
         start = shared if holder is not None else 0
+        self.held[row] = ()  # until all of the prompt is there
         self.rows, said = self.engine.begin(
             self.rows, row, tokens, key_of(request), start, pause=shared
         )

@@ -43,6 +43,10 @@ class Speculative:
         self.target, self.draft, self.proposals = target, draft, proposals
         self.decode, self.window = target.decode, max(target.window, draft.window)
 
+    @property
+    def version(self) -> tuple[int, int]:
+        return self.target.version, self.draft.version
+
     def rows(self, number: int, length: int) -> Both:
         length += self.proposals + 1  # what is proposed may go on after the end
         return Both(self.target.rows(number, length), self.draft.rows(number, length))
@@ -127,7 +131,8 @@ def accept(proposed_BX, draft_BXV, target_BYV, keys_BY):
     """How many proposals stand, and the token after them (algorithm 1).
 
     A proposal stands with probability min(1, p / q); the token after is drawn from max(0, p - q) where the
-    next proposal fell, from p after all of them.
+    next proposal fell, from p after all of them. Where rounding makes p at most q everywhere, p - q leaves
+    nothing to draw from: the two are equal, and p stands for it.
     """
     chosen = lambda x_BXV: jnp.take_along_axis(x_BXV, proposed_BX[..., None], axis=-1)[..., 0]  # noqa: E731
     p_BX, q_BX = chosen(target_BYV[:, :-1]), chosen(draft_BXV)
@@ -139,8 +144,9 @@ def accept(proposed_BX, draft_BXV, target_BYV, keys_BY):
     nothing_BYV = jnp.pad(draft_BXV, ((0, 0), (0, 1), (0, 0)))
     q_BV = jnp.take_along_axis(nothing_BYV, at_B11, axis=1)[:, 0]
     keys_B = jnp.take_along_axis(keys_BY, accepted_B[:, None], axis=1)[:, 0]
-    rest_BV = jnp.log(jnp.maximum(p_BV - q_BV, 0))
-    return accepted_B, jax.vmap(jax.random.categorical)(_purpose(keys_B, 2), rest_BV)
+    rest_BV = jnp.maximum(p_BV - q_BV, 0)
+    rest_BV = jnp.where(jnp.any(rest_BV > 0, axis=-1, keepdims=True), rest_BV, p_BV)
+    return accepted_B, jax.vmap(jax.random.categorical)(_purpose(keys_B, 2), jnp.log(rest_BV))
 
 
 def _leading(true_BX):

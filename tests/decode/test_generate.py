@@ -130,6 +130,86 @@ def test_stopped_it_gives_what_there_is(model, layout):
         assert 0 < len(result.tokens) < 50
 
 
+SHARED = [b"a beginning that all prompts share, " + text for text in (b"one", b"two", b"three")]
+
+
+def same(ours, fresh):
+    for number, result in fresh.items():
+        assert ours[number].tokens == result.tokens
+        np.testing.assert_allclose(ours[number].logprobs, result.logprobs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["stopped", "abandoned", "raised"])
+def test_what_was_broken_off_leaves_no_trace(model, layout, how):
+    """Rows that nobody ends go on, and come round to the beginning of what they hold."""
+    one, fresh = decoder(model, layout, rows=2), decoder(model, layout, rows=2)
+    looks = iter(range(10_000))
+    asked = requests([*SHARED, *PROMPTS], new=20)
+    if how == "stopped":  # with requests waiting for the rows of those that have ended
+        list(one.run(asked, stopped=lambda: next(looks) > 11))
+    elif how == "abandoned":
+        next(one.run(asked))
+    else:
+
+        def listen(number, text):
+            if next(looks) == 30:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            list(one.run(asked, listen))
+    assert (np.asarray(one.rows.position_B) == -1).all()
+    for _ in range(2):
+        list(one.run(requests([b"another text"], new=100)))
+    same(dict(one.run(requests(SHARED))), dict(fresh.run(requests(SHARED))))
+
+
+def test_a_call_that_was_broken_off_is_made_good(model, layout, monkeypatch):
+    """Its rows were given up to a program."""
+    one = decoder(model, layout, rows=2)
+    with monkeypatch.context() as patched:
+        take = engines.advance
+
+        def broken(*args):
+            take(*args)
+            raise KeyboardInterrupt
+
+        patched.setattr(engines, "advance", broken)
+        with pytest.raises(KeyboardInterrupt):
+            list(one.run(requests(SHARED)))
+    fresh = decoder(model, layout, rows=2)
+    same(dict(one.run(requests(SHARED))), dict(fresh.run(requests(SHARED))))
+
+
+def test_other_parameters_begin_with_empty_caches(model, layout):
+    one = decoder(model, layout)
+    list(one.run(requests(SHARED)))
+    module, params = network(model, layout)
+    double = lambda params: jax.tree.map(lambda leaf: leaf * 1.5, params)
+    one.engine.load(double(params))
+    again = dict(one.run(requests(SHARED)))
+    fresh = Decoder(
+        Engine(module, double(network(model, layout)[1]), DRAWN), byte.Byte(), (), 3, 128
+    )
+    same(again, dict(fresh.run(requests(SHARED))))
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request([1] * 100, 29), r"requests\[1\] has 100 tokens .* at most 128, for which"),
+        (
+            Request([], 5),
+            r"requests\[1\] has 0 tokens and max_new_tokens=5; both must be at least 1",
+        ),
+        (Request([1], 0), r"has 1 tokens and max_new_tokens=0; both must be at least 1"),
+        (Request([1], 5, seed=2**32 + 5), r"requests\[1\].seed=4294967301 must be from 0 .* try 5"),
+    ],
+)
+def test_a_request_without_room_is_refused(model, layout, request_, message):
+    with pytest.raises(ValueError, match=message):
+        next(decoder(model, layout).run([*requests()[:1], request_]))
+
+
 def test_a_repetition_penalty_sees_prompt_and_text(model, layout):
     """So large that no token comes twice."""
     decode = config.Decode(repetition_penalty=1e6)

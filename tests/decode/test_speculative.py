@@ -67,6 +67,22 @@ def test_acceptance_gives_the_targets_distribution():
     assert abs(np.mean(accepted) - share) < 4 * np.sqrt(share * (1 - share) / rounds)
 
 
+def test_where_rounding_leaves_nothing_of_the_difference_it_is_the_target():
+    """p below q wherever q is not 0: as float32 sums may have it where the two are equal."""
+    q = jnp.array([0.0, 0.5, 0.5])
+    keys = jax.random.split(jax.random.key(1), (1000, 2))
+    accepted, last = speculative.accept(
+        jnp.ones((1000, 1), jnp.int32),
+        jnp.tile(q, (1000, 1, 1)),
+        jnp.tile(q / 2, (1000, 2, 1)),
+        keys,
+    )
+    assert 400 < int((accepted == 0).sum()) < 600
+    counts = np.bincount(np.asarray(last), minlength=3)
+    assert counts[0] == 0
+    assert 400 < counts[1] < 600
+
+
 def test_texts_have_the_targets_distribution(model, layout):
     """The second and third token after one prompt, of 600 texts: by a chi-square of two samples with those
     of the target alone, rare tokens together."""
