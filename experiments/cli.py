@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -41,6 +42,13 @@ def keep_memory() -> None:
 
 # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of glibc's malloc.h.
 _MALLOPT = {-8: 1, -4: 0, -1: -1, -2: 64 << 20}
+
+
+def claim_gpu_memory() -> None:
+    """Have JAX take the share of a GPU that layouts count on, unless the user set one; before it starts."""
+    # The second name is the older one; JAX refuses both together.
+    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(hardware.GPU_MEMORY_FRACTION)
 
 
 def define_config() -> flags.FlagHolder:
@@ -108,6 +116,7 @@ def _parse(known: list[str], argv: list[str]) -> list[str]:
 
 def _guarded(main, errors) -> int:
     logging.set_verbosity(logging.ERROR)  # absl's app sets INFO, at which Orbax writes pages
+    claim_gpu_memory()
     try:
         return main()
     except (*USER_ERRORS, *errors) as error:

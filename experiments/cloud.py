@@ -6,7 +6,7 @@ TPU slices through gcloud's TPU API, as a queued resource or at once; GPU nodes 
 import dataclasses
 import shlex
 
-from llama_jax.analysis.hardware import Slice
+from llama_jax.analysis.hardware import GPUS_PER_NODE, Slice
 
 # The system image of each generation (Google Cloud's documentation, "TPU software versions").
 IMAGES = {
@@ -156,7 +156,7 @@ def shell_path(path: str) -> str:
 
 def sbatch(
     name: str,
-    gpus: int,
+    nodes: int,
     arguments: list[str],
     workdir: str,
     *,
@@ -164,13 +164,15 @@ def sbatch(
     partition: str,
     account: str,
 ) -> str:
-    """A job script for one node of GPUs, which puts itself back into the queue until the run is done.
+    """A job script for nodes of GPUs, which puts itself back into the queue until the run is done.
 
-    SLURM's signal two minutes before the time is over makes the run save and end.
+    SLURM starts one task on each node (hosts.py), and its signal two minutes before the time is over makes
+    the run save and end.
     """
     train = shlex.join([".venv/bin/python", "-u", "-m", "experiments.train", *arguments])
     options = [
-        f"--job-name={name}", "--nodes=1", "--ntasks=1", f"--gres=gpu:{gpus}", "--exclusive",
+        f"--job-name={name}", f"--nodes={nodes}", "--ntasks-per-node=1",
+        f"--gres=gpu:{GPUS_PER_NODE}", "--exclusive",
         f"--time={time}", "--signal=TERM@120", "--requeue", "--open-mode=append",
         f"--output={name}-%j.log",
         *([f"--partition={partition}"] if partition else []),
@@ -181,7 +183,8 @@ def sbatch(
         *(f"#SBATCH {option}" for option in options),
         "set -euo pipefail",
         'cd "$SLURM_SUBMIT_DIR"',
-        f"srun {train}",
+        # What ends with an error on one node ends on all of them.
+        f"srun --kill-on-bad-exit=1 {train}",
         f'test -e {shell_path(workdir)}/runcard.json || scontrol requeue "$SLURM_JOB_ID"',
         "",
     ])  # fmt: skip

@@ -1,16 +1,18 @@
 """Joining the processes of a run that spans hosts, one process a host; before JAX's first array.
 
-On the hosts of a TPU slice the same command finds its peers by itself. Elsewhere each process says where
-process 0 listens and which one it is:
+On the hosts of a TPU slice the same command finds its peers by itself, and so do the tasks of a SLURM step,
+one a node (`srun --ntasks-per-node=1`). Elsewhere each process says where process 0 listens and which one it
+is:
 
     python -m experiments.train ... --coordinator=10.0.0.2:8476 --processes=2 --process=0
 """
 
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -21,28 +23,34 @@ from llama_jax import config
 from llama_jax.analysis import hardware
 
 COORDINATOR = flags.DEFINE_string(
-    "coordinator", "", "HOST:PORT on which process 0 listens; a TPU slice knows it by itself."
+    "coordinator", "", "HOST:PORT on which process 0 listens; TPU slices and SLURM know it."
 )
 PROCESSES = flags.DEFINE_integer(
-    "processes", 0, "Processes of the run, one a host; a TPU slice knows it by itself."
+    "processes", 0, "Processes of the run, one a host; TPU slices and SLURM know it."
 )
 PROCESS = flags.DEFINE_integer("process", -1, "Which of --processes this is, from 0.")
 TIMEOUT = flags.DEFINE_integer(
-    "host_timeout", 60, "Seconds to wait until every host has started.", lower_bound=1
+    "host_timeout",
+    0,
+    "Seconds to wait until every host has started; 0: 60, and 5 more for each host.",
+    lower_bound=0,
 )
 
 T = TypeVar("T")
 
 # A process whose peers died waits so long at exit, instead of JAX's 300 s.
 SHUTDOWN_SECONDS = 120
+# Jobs of SLURM meet at one of the ports from here on, by their number.
+FIRST_PORT = 61440
 
 
 def join(slice_name: str) -> None:
     """Meet the other processes, if the command line or the slice says that there are any.
 
     Exits with 1 and the reason when they have not all come after --host_timeout seconds. ValueError if
-    the flags contradict each other. All but the first process are silent from here on.
+    the flags contradict each other, or SLURM the slice. All but the first process are silent from here on.
     """
+    named = hardware.find_slice(slice_name) if slice_name != "any" else None
     given = (bool(COORDINATOR.value), PROCESSES.value > 0, PROCESS.value >= 0)
     if any(given):
         if not all(given) or PROCESS.value >= PROCESSES.value:
@@ -50,31 +58,64 @@ def join(slice_name: str) -> None:
                 f"--coordinator={COORDINATOR.value!r} --processes={PROCESSES.value} "
                 f"--process={PROCESS.value}: give all three, --process from 0 to --processes - 1"
             )
-        hosts, where = PROCESSES.value, f" at {COORDINATOR.value}"
-        asked = (COORDINATOR.value, hosts, PROCESS.value)
+        asked = Peers(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        where = f" at {asked.coordinator}"
     else:
-        named = slice_name != "any"
-        hosts = hardware.find_slice(slice_name, "mesh.hardware").hosts if named else 1
-        where, asked = f" of {slice_name}", (None, None, None)
+        asked = of_slurm()
+        where = f" of {slice_name}" if named else " of the SLURM step"
+        if named and asked and asked.processes != named.hosts:
+            raise ValueError(
+                f"{slice_name} has {named.hosts} nodes, but SLURM started {asked.processes} tasks: "
+                f"srun --nodes={named.hosts} --ntasks-per-node=1"
+            )
+    hosts = asked.processes if asked else named.hosts if named else 1
     if hosts == 1:
         return
+    seconds = TIMEOUT.value or 60 + 5 * hosts
     # JAX would abort with a stack trace, or wait for ever in the accelerator's own rendezvous.
-    watchdog = threading.Timer(TIMEOUT.value, _give_up, (hosts, where))
+    watchdog = threading.Timer(seconds, _give_up, (seconds, hosts, where, asked))
     watchdog.daemon = True
     watchdog.start()
     try:
         jax.distributed.initialize(
-            *asked,
-            initialization_timeout=10 * TIMEOUT.value,
+            *(asked or ()),
+            # Where SLURM is found JAX would also take a process for that of one GPU, not of its host's.
+            cluster_detection_method="deactivate" if asked else None,
+            initialization_timeout=10 * seconds,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     except ValueError:  # no cluster that JAX knows: the check of the devices says what is missing
-        if any(given):
+        if asked:
             raise
     finally:
         watchdog.cancel()
     if not first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 for the rest of the process
+
+
+class Peers(NamedTuple):
+    """What `jax.distributed.initialize` asks of a process."""
+
+    coordinator: str  # HOST:PORT
+    processes: int
+    process: int
+
+
+def of_slurm() -> Peers | None:
+    """The other tasks of this SLURM step; None where there are none. ValueError for several on a node."""
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
+    if tasks == 1:
+        return None
+    if tasks != nodes:
+        raise ValueError(
+            f"SLURM started {tasks} tasks on {nodes} nodes; a run has one process a node: "
+            "srun --ntasks-per-node=1"
+        )
+    # The first of a list as node[001-004,007],login1 is node001.
+    first = re.sub(r"\[(\d+)[^]]*\]", r"\1", os.environ["SLURM_STEP_NODELIST"]).partition(",")[0]
+    port = FIRST_PORT + int(os.environ["SLURM_JOB_ID"]) % (2**16 - FIRST_PORT)
+    return Peers(f"{first}:{port}", tasks, int(os.environ["SLURM_PROCID"]))
 
 
 def check(mesh: config.Mesh) -> None:
@@ -130,10 +171,10 @@ def first_lists(values: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.broadcast_one_to_all(values))
 
 
-def _give_up(hosts: int, where: str) -> None:
-    me = f"process {PROCESS.value}" if PROCESS.value >= 0 else "this host"
+def _give_up(seconds: int, hosts: int, where: str, asked: Peers | None) -> None:
+    me = f"process {asked.process}" if asked else "this host"
     print(
-        f"error: {me} waited {TIMEOUT.value} s, but not all {hosts} hosts{where} have started: start the "
+        f"error: {me} waited {seconds} s, but not all {hosts} hosts{where} have started: start the "
         "same command on every host (python -m experiments.launch does), or look why another one ended; "
         "--host_timeout waits longer",
         file=sys.stderr,

@@ -47,8 +47,6 @@ GO = flags.DEFINE_bool("go", False, "Run the commands instead of printing them."
 
 # So often in a row the run may end before it is done, or the cloud not answer, before it is given up.
 PATIENCE = 5
-# Joined slices are started one after another.
-SLICES_TIMEOUT = 600
 
 
 class LaunchError(Exception):
@@ -80,7 +78,7 @@ def on_slurm(slice_: hardware.Slice) -> int:
         raise ValueError(f"--tpu and --zone have no effect on {slice_.accelerator}: SLURM runs it")
     name = re.sub(r"[^\w.-]+", "_", Path(WORKDIR.value).absolute().name) or "run"
     script = cloud.sbatch(
-        name, slice_.devices, arguments(), WORKDIR.value, time=TIME.value, partition=PARTITION.value,
+        name, slice_.hosts, arguments(), WORKDIR.value, time=TIME.value, partition=PARTITION.value,
         account=ACCOUNT.value,
     )  # fmt: skip
     if not GO.value:
@@ -128,8 +126,8 @@ def described(rental: cloud.Rental) -> list[str]:
         ("wait until this prints ACTIVE (READY with --direct)", [rental.state()]),
         ("the code, to every host", code),
         ("set every host up", rental.run(set_up())),
-        ("start on every host; one alone gives up after a minute, with the reason",
-         rental.run(training(rental))),
+        ("start on every host; one alone gives up, with the reason",
+         rental.run(training())),
         ("watch: a word on the run, then the end of its log", [rental.ask(cloud.look(WORKDIR.value, 1))]),
         (f"when it is taken away ({lost}): this, then from the start; the run resumes",
          [rental.delete()]),
@@ -205,7 +203,7 @@ def fill(rental: cloud.Rental, folder: str) -> None:
     )
     steps = [*copies(rental, f"{folder}/llama_jax.tgz", str(secrets)), *rental.run(set_up())]
     try:
-        for command in (*steps, *rental.run(training(rental))):
+        for command in (*steps, *rental.run(training())):
             run(command)
     except LaunchError as error:
         if still_ready(rental):
@@ -250,9 +248,8 @@ def set_up() -> str:
     return cloud.set_up(BUCKET.value, ("wandb",) if wandb else ())
 
 
-def training(rental: cloud.Rental) -> str:
-    more = [f"--host_timeout={SLICES_TIMEOUT}"] if rental.slice_.slices > 1 else []
-    return cloud.start([*arguments(), *more], provenance.code(), bool(SECRETS.value))
+def training() -> str:
+    return cloud.start(arguments(), provenance.code(), bool(SECRETS.value))
 
 
 def arguments() -> list[str]:

@@ -1,13 +1,17 @@
 """Training and generating on two hosts: two processes on this machine, four devices each, that meet over gloo."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 
+import jax
 import pytest
 
+from experiments import cloud, hosts
 from tests.experiments import helpers
 
 STEPS = 12
@@ -15,9 +19,17 @@ MORE = (f"--config.train.steps={STEPS}", "--config.mesh.fsdp=4", "--config.mesh.
 
 
 def meeting() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
+    return f"127.0.0.1:{free_port()}"
+
+
+def free_port(port: int = 0) -> int:
+    """The first from `port` on, or any."""
+    try:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return free.getsockname()[1]
+    except OSError:
+        return free_port(port + 1)
 
 
 def start(args, where, process, processes=2, command="train"):
@@ -173,3 +185,93 @@ def test_half_of_the_flags_is_refused(tmp_path, flags):
     done = helpers.run("train", *helpers.arguments(tmp_path), *flags)
     assert done.returncode == 1
     assert "give all three, --process from 0 to --processes - 1" in done.stderr
+
+
+# A step of two tasks on this machine, each with the variables of SLURM's manual page of srun.
+SRUN = """\
+#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+for task in 0 1; do
+    SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NUM_NODES=2 SLURM_STEP_NODELIST="localhost" SLURM_PROCID=$task \\
+        SLURM_LOCALID=0 "$@" > task-$task.log 2>&1 &
+done
+wait -n && wait -n
+"""
+
+
+@pytest.mark.slow
+def test_a_job_of_two_nodes_meets_trains_and_leaves_the_queue(tmp_path):
+    """The script that launch submits, with stand-ins for srun and scontrol."""
+    (tmp_path / "bin").mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", '#!/bin/sh\necho "$@" > requeued\n')):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    python = tmp_path / ".venv/bin/python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    port = free_port(hosts.FIRST_PORT + os.getpid() % 2000)
+    args = helpers.arguments(tmp_path, "--config.train.steps=3", "--config.mesh.fsdp=2")
+    args[0] = f"--config={helpers.ROOT}/configs/research_300k.py"
+    workdir = f"{tmp_path}/run"
+    script = cloud.sbatch("x", 2, args, workdir, time="1:00", partition="", account="")
+    environment = {
+        **helpers.environment(),
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+        "PYTHONPATH": str(helpers.ROOT),
+        "SLURM_JOB_ID": str(port - hosts.FIRST_PORT),
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+    }
+    done = subprocess.run(
+        ["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=240
+    )
+    logs = [(tmp_path / f"task-{task}.log").read_text() for task in range(2)]
+    assert done.returncode == 0, logs
+    assert "on 2 x cpu" in logs[0]
+    assert "parameters" not in logs[1], "the second host is silent"
+    assert sorted(losses(tmp_path / "run")) == [1, 2, 3]
+    assert not (tmp_path / "requeued").exists()
+
+
+SLURM = {"SLURM_JOB_ID": "70001", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2",
+         "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu7", "gpu7"),
+        ("gpu7,login1", "gpu7"),
+        ("node[001-004,007],x", "node001"),
+        ("rack[1-2]n[03,05]", "rack1n03"),
+        ("a-[7,9-11].b", "a-7.b"),
+    ],
+)
+def test_tasks_of_slurm_meet_at_the_first_node(monkeypatch, nodes, first):
+    for name, value in {**SLURM, "SLURM_STEP_NODELIST": nodes}.items():
+        monkeypatch.setenv(name, value)
+    # 70001 is 369 beyond a multiple of 4096.
+    assert hosts.of_slurm() == (f"{first}:{61440 + 369}", 2, 1)
+
+
+def test_a_task_of_slurm_has_all_gpus_of_its_node(monkeypatch):
+    """JAX's own detection would leave it one, that of its SLURM_LOCALID."""
+    for name, value in {**SLURM, "SLURM_STEP_NODELIST": "gpu[7-8]"}.items():
+        monkeypatch.setenv(name, value)
+    asked = []
+    monkeypatch.setattr(hosts, "TIMEOUT", type("Flag", (), {"value": 0}))
+    for name, value in (("COORDINATOR", ""), ("PROCESSES", 0), ("PROCESS", -1)):
+        monkeypatch.setattr(hosts, name, type("Flag", (), {"value": value}))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **more: asked.append((a, more)))
+    hosts.join("h100_16")
+    ((where, more),) = asked
+    assert where == ("gpu7:61809", 2, 1)
+    assert more["cluster_detection_method"] == "deactivate"
+    assert "local_device_ids" not in more
+    with pytest.raises(
+        ValueError, match=r"h100_32 has 4 nodes, but SLURM started 2 tasks: srun --nodes=4"
+    ):
+        hosts.join("h100_32")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
+    with pytest.raises(ValueError, match=r"16 tasks on 2 nodes; a run has one process a node"):
+        hosts.join("any")
