@@ -19,6 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import cli, hosts, overview, session
+from experiments.lease import Held
 from llama_jax import config, files
 from llama_jax.analysis import memory, runcard
 from llama_jax.data import mixture, prepare
@@ -68,7 +69,9 @@ def main() -> int:
     rows = held_out(study, prepared)
     view = overview.Overview(workdir, runs, quiet=not hosts.first())
     with loop.Interrupt() as interrupt, view:
-        trained, failed = run_all(study, found, chosen, prepared, rows, workdir, interrupt, view)
+        trained, failed, held = run_all(
+            study, found, chosen, prepared, rows, workdir, interrupt, view
+        )
     if interrupt.signal:
         if hosts.first():
             print(f"{interrupt.signal}: saved; run the same command to go on:\n  {command()}")
@@ -78,7 +81,7 @@ def main() -> int:
         print(f"{share:.0%} of the time was spent in training steps")
     code = write(study, found, workdir) if hosts.first() else 0
     hosts.agree(True)
-    return 1 if failed else code
+    return 1 if failed else Held.exit_code if held else code
 
 
 def choose(runs: list) -> list:
@@ -102,9 +105,11 @@ def held_out(study: schema.Study, prepared: prepare.Prepared) -> np.ndarray:
         raise ValueError(f"rows={study.rows}: {error}") from None
 
 
-def run_all(study, found, chosen, prepared, rows, workdir, interrupt, view) -> tuple[float, int]:
-    """Seconds in training steps and failures of this session."""
-    machines, trained, failed = {}, 0.0, 0
+def run_all(
+    study, found, chosen, prepared, rows, workdir, interrupt, view
+) -> tuple[float, int, int]:
+    """Seconds in training steps, failures, and runs that other processes hold, of this session."""
+    machines, trained, failed, held = {}, 0.0, 0, 0
     for cell, seed in chosen:
         folder = record.folder(workdir, cell, seed)
         if hosts.first_says(record.state(folder) == "done"):
@@ -115,10 +120,21 @@ def run_all(study, found, chosen, prepared, rows, workdir, interrupt, view) -> t
                 machines[cell.name] = session.Machine(cell.run)
             run = grid.seeded(cell.run, seed)
             machine = machines[cell.name]
-            result = train(run, folder, machine, prepared, interrupt, view)
-            trained += result.seconds_here
-            if not result.interrupted:
-                finish(study, cell, seed, machine, folder, prepared, rows, result)
+            with session.holding(folder, run) as lease:
+                # Another process may have done it meanwhile.
+                if hosts.first_says(record.state(folder) == "done"):
+                    continue
+                if hosts.first():
+                    (folder / record.FAILED).unlink(missing_ok=True)
+                result = session.train(
+                    run, folder, lease, machine, prepared, interrupt, view.console
+                )
+                trained += result.seconds_here
+                if not result.interrupted:
+                    finish(study, cell, seed, machine, folder, prepared, rows, result)
+        except Held as error:  # another process of this study trains it
+            held += 1
+            view.say(f"passed over {cell.name}, seed {seed}: {error}")
         except FAILURES as error:
             failed += 1
             if hosts.first():
@@ -132,15 +148,7 @@ def run_all(study, found, chosen, prepared, rows, workdir, interrupt, view) -> t
                 make(study, found, workdir)
         if interrupt.signal:
             break
-    return trained, failed
-
-
-def train(run, folder, machine, prepared, interrupt, view) -> session.Result:
-    """The run to its end, or an interruption."""
-    hosts.together(lambda: session.claim(folder, run))
-    if hosts.first():
-        (folder / record.FAILED).unlink(missing_ok=True)
-    return session.train(run, folder, machine, prepared, interrupt, view.console)
+    return trained, failed, held
 
 
 def finish(study, cell, seed, machine, folder, prepared, rows, result) -> None:

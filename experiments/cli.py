@@ -90,7 +90,8 @@ def slice_of(run: config.Run) -> str:
 
 
 def run(main: Callable[[], int], *errors: type[Exception], settings: Sequence[str] = ()) -> None:
-    """Parse the flags, run `main`, exit with its code; 1 and one line for what a user can mend.
+    """Parse the flags, run `main`, exit with its code; 1, or the error's own `exit_code`, and one line for
+    what a user can mend.
 
     settings: what there is behind --config., for the message on one that there is not; a run's if empty.
     """
@@ -120,7 +121,7 @@ def _guarded(main, errors) -> int:
     try:
         return main()
     except (*USER_ERRORS, *errors) as error:
-        _stop(_plain(error), 1)
+        _stop(_plain(error), getattr(error, "exit_code", 1))
 
 
 def _unknown_setting(argv: list[str], known: list[str]) -> str:

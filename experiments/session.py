@@ -1,7 +1,8 @@
 """One run in its workdir: started or gone on with, trained, recorded. What `train` and `ablate` share.
 
-A workdir holds run.json (the config), checkpoints/, metrics.jsonl, tensorboard/, audit.jsonl when asked,
-and at the end runcard.json and runcard.md. On several hosts the first one writes.
+A workdir holds run.json (the config), tokenizer.model, checkpoints/, metrics.jsonl, tensorboard/, audit.jsonl
+when asked, and at the end runcard.json and runcard.md; lease.json while a process trains in it (lease.py). On
+several hosts the first one writes.
 """
 
 import contextlib
@@ -9,15 +10,17 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from experiments import hosts, provenance
+from experiments.lease import Held, Lease
 from llama_jax import config, files, sharding, tree
 from llama_jax.analysis import flops, hardware, memory, runcard
+from llama_jax.convert import native
 from llama_jax.data import iterator, mixture, prepare
 from llama_jax.train import checkpoint, loop, metrics
 from llama_jax.train import program as programs
@@ -50,8 +53,32 @@ class Machine:
         return jax.jit(self.program.objective)
 
 
-def claim(workdir: Path, run: config.Run) -> None:
-    """Make the workdir this run's. ValueError if it is another's, or cannot be written."""
+@contextlib.contextmanager
+def holding(workdir: Path, run: config.Run) -> Iterator[Lease]:
+    """The workdir is this run's and no other process's meanwhile.
+
+    Held, on every host, while another process trains in it. ValueError if it is another run's, or cannot
+    be written.
+    """
+    lease = Lease(workdir)
+    try:
+        hosts.together(lambda: check_writable(workdir))
+        _ask_first(lease.take)
+        hosts.together(lambda: check_same(workdir, run))
+        yield lease
+    finally:
+        lease.release()
+
+
+def _ask_first(refusal: Callable[[], str]) -> None:
+    """Held on every host if the first one's answer is a reason."""
+    why = hosts.together(refusal if hosts.first() else lambda: "")
+    if hosts.first_says(bool(why)):
+        raise Held(why or "the first host says why this run cannot go on")
+
+
+def check_writable(workdir: Path) -> None:
+    """ValueError unless the workdir, made if it is not there, can be written."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".writable_{jax.process_index()}"
@@ -59,13 +86,15 @@ def claim(workdir: Path, run: config.Run) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
+
+
+def check_same(workdir: Path, run: config.Run) -> None:
+    """ValueError if the workdir is another run's."""
     path = workdir / "run.json"
     if files.committed(workdir / "checkpoints") and path.exists():
         differing = config.diff(config.from_dict(json.loads(path.read_text())), run, essential=True)
         if differing:
             raise another(workdir, "run", differing)
-    if hosts.first():
-        files.write(path, json.dumps(config.to_dict(run), indent=2) + "\n")
 
 
 def another(workdir: Path, what: str, differing: list[str]) -> ValueError:
@@ -116,24 +145,30 @@ class Result(NamedTuple):
 def train(
     run: config.Run,
     workdir: Path,
+    lease: Lease,
     machine: Machine,
     prepared: prepare.Prepared,
     interrupt: loop.Interrupt,
     make_console: Callable[[int, int], metrics.Console],
 ) -> Result:
-    """Train to the last step, from the newest checkpoint if there is one.
+    """Train to the last step, from the newest checkpoint if there is one, in a workdir that is held.
 
     make_console(first, steps) shows how far it is.
     """
     program, layout = machine.program, machine.program.module.layout
     record = {"provenance": provenance.describe(prepared), "run": config.to_dict(run)}
+    _ask_first(lease.confirm)
     checkpoints = checkpoint.Checkpoints(workdir, run.checkpoint)
+    if hosts.first() and (left := checkpoints.clean()):
+        print(f"removed what interrupted saves left in {checkpoints.folder}: {', '.join(left)}")
     state, seconds = start(run, program, checkpoints, prepared)
     first = int(state.step)
+    hosts.together(lambda: describe(workdir, record["run"], prepared) if hosts.first() else None)
 
     console = make_console(first, run.train.steps)
     writers, audit = [], None
     if hosts.first():
+        writers.append(lambda _: lease.check())
         writers.append(metrics.jsonl(workdir / "metrics.jsonl", first))
         if run.log.tensorboard == "on":
             writers.append(metrics.tensorboard(workdir / "tensorboard", first))
@@ -148,6 +183,7 @@ def train(
     )
 
     def save(done: int, state: Any, seconds: float) -> None:
+        lease.check()
         checkpoints.save(done, state, {**record, "next_step": done, "seconds": seconds})
 
     done = first
@@ -180,6 +216,13 @@ def train(
     results = {name: last[name] for name in RESULTS if name in last}
     spent = (recorder.seconds, recorder.seconds - seconds)
     return Result(state, rows, results, *spent, rates, first)
+
+
+def describe(workdir: Path, run: dict[str, Any], prepared: prepare.Prepared) -> None:
+    """Write what says how to read the run's checkpoints: its settings and its tokenizer."""
+    files.write(workdir / "run.json", json.dumps(run, indent=2) + "\n")
+    if path := prepared.tokenizer_config.path:
+        files.write(workdir / native.TOKENIZER, Path(path).read_bytes())
 
 
 RESULTS = ("validation_loss", "validation_bits_per_byte")

@@ -2,12 +2,11 @@
 
 Started again with the same command, a run goes on from its last checkpoint. SIGINT and SIGTERM save and
 exit 0. On a slice of several hosts the command runs on each of them (hosts.py), and the first one writes.
-What a run writes into its workdir: that of session.py, tokenizer.model and loss.png.
+What a run writes into its workdir: that of session.py, and loss.png.
 """
 
 import functools
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
@@ -16,9 +15,9 @@ import numpy as np
 from absl import flags
 
 from experiments import cli, hosts, session
+from experiments.lease import Lease
 from llama_jax import config, tree
 from llama_jax.analysis import baseline, runcard
-from llama_jax.convert import native
 from llama_jax.data import mixture
 from llama_jax.decode.engine import Engine
 from llama_jax.decode.generate import Decoder, Request
@@ -39,26 +38,28 @@ def main() -> int:
     cli.tune_for_cpu()
     hosts.check(run.mesh)
     workdir = Path(WORKDIR.value).expanduser().absolute()
-    hosts.together(lambda: session.claim(workdir, run))
+    jax.config.update("jax_compilation_cache_dir", str(Path(run.data.cache).expanduser() / "xla"))
+    with session.holding(workdir, run) as lease:
+        return train(run, workdir, lease)
+
+
+def train(run: config.Run, workdir: Path, lease: Lease) -> int:
     if jax.process_count() > 1:
         session.check_shared(workdir)
-    jax.config.update("jax_compilation_cache_dir", str(Path(run.data.cache).expanduser() / "xla"))
-
     machine = session.Machine(run)
     parameters = tree.count(machine.program.state.params)
     print(f"{parameters:,} parameters on {jax.device_count()} x {jax.devices()[0].device_kind}")
     prepared = session.prepare_once(run.data, run.model.vocab_size)
-    if prepared.tokenizer_config.path and hosts.first():
-        shutil.copyfile(prepared.tokenizer_config.path, workdir / native.TOKENIZER)
-    with loop.Interrupt() as interrupt:
-        code = train(run, workdir, machine, prepared, interrupt)
-    hosts.agree(True)  # the others wait while the first one writes the results
-    return code
-
-
-def train(run, workdir, machine, prepared, interrupt) -> int:
     console = functools.partial(metrics.Console, quiet=not hosts.first())
-    result = session.train(run, workdir, machine, prepared, interrupt, console)
+    with loop.Interrupt() as interrupt:
+        result = session.train(run, workdir, lease, machine, prepared, interrupt, console)
+        conclude(run, workdir, machine.program.module, result, prepared)
+    hosts.agree(True)  # the others wait while the first one writes the results
+    return 0
+
+
+def conclude(run, workdir, module, result, prepared) -> None:
+    """Say what has come of it; write the results of a run that has just ended."""
     done = int(result.state.step)
     if result.interrupted:
         saved = f"saved step {done} of {run.train.steps} in {workdir / 'checkpoints'}"
@@ -69,8 +70,7 @@ def train(run, workdir, machine, prepared, interrupt) -> int:
     elif result.first == done and hosts.first_says((workdir / "runcard.json").exists()):
         print(f"already trained to step {done}: {workdir / 'runcard.md'} has the results")
     else:
-        finish(run, workdir, machine.program.module, result, prepared)
-    return 0
+        finish(run, workdir, module, result, prepared)
 
 
 def baselines(run: config.Run, prepared) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import signal
@@ -10,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from experiments import lease
 from llama_jax.study import record
 from tests.experiments import helpers
 
@@ -234,6 +236,19 @@ def test_interrupted_it_goes_on(study, corpus, tmp_path):
     scores = (record.read_scores(path / "runs/rope-seed0") for path in (workdir, study[0]))
     ours, through = (score[8].row_R for score in scores)
     np.testing.assert_array_equal(ours, through)
+
+
+def test_a_run_that_another_process_trains_is_passed_over(corpus, tmp_path):
+    folder = tmp_path / "study/runs/rope-seed0"
+    folder.mkdir(parents=True)
+    held = lease.Lease(folder)
+    assert held.take() == ""
+    done = ablate(*corpus, f"--workdir={tmp_path}/study", "--only=rope-seed0")
+    held.release()
+    assert done.returncode == 75, done.stderr
+    assert f"passed over rope, seed 0: --workdir={folder} is in use" in done.stdout
+    assert f"process {os.getpid()} on " in done.stdout
+    assert list(folder.iterdir()) == [], "it was not marked as failed"
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """A run in its workdir, with everything that computes replaced."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 
+from experiments import lease as lease_module
 from experiments import session
 from llama_jax import config
 from llama_jax.train import checkpoint, loop
@@ -25,6 +27,9 @@ class Checkpoints:
     def save(self, step, state, record):
         self.started.append(step)
 
+    def clean(self):
+        return []
+
     def wait(self):
         if self.broken:
             raise checkpoint.SaveError("the disk is full")
@@ -40,6 +45,7 @@ def play(monkeypatch, tmp_path, run_loop, checkpoints):
         (session.provenance, "describe", lambda _: {}),
         (session.iterator, "train", lambda *_: iter(())),
         (session.loop, "run", run_loop),
+        (lease_module, "SETTLE_SECONDS", 0.0),
     ):
         monkeypatch.setattr(module, name, value)
     machine = SimpleNamespace(
@@ -47,9 +53,12 @@ def play(monkeypatch, tmp_path, run_loop, checkpoints):
         evaluate=None,
         program=SimpleNamespace(module=SimpleNamespace(layout=None)),
     )
-    console = SimpleNamespace(close=lambda: None)
-    with loop.Interrupt() as interrupt:
-        return session.train(RUN, tmp_path, machine, None, interrupt, lambda first, steps: console)
+    console = SimpleNamespace(close=lambda: None, write=lambda _: None)
+    prepared = SimpleNamespace(tokenizer_config=config.Tokenizer("byte"))
+    with loop.Interrupt() as interrupt, session.holding(tmp_path, RUN) as lease:
+        return session.train(
+            RUN, tmp_path, lease, machine, prepared, interrupt, lambda first, steps: console
+        )
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -64,3 +73,22 @@ def test_a_checkpoint_being_written_is_waited_for_when_training_fails(
     with pytest.raises(loop.Anomaly, match="step 6"):
         play(monkeypatch, tmp_path, run_loop, checkpoints)
     assert checkpoints.written == ([] if broken else [5])
+
+
+def test_a_workdir_that_another_process_took_over_gets_no_more_rows_and_checkpoints(
+    monkeypatch, tmp_path
+):
+    checkpoints = Checkpoints()
+
+    def run_loop(run, state, *_, save, recorder, **__):
+        (tmp_path / lease_module.FILE).write_text('{"id": "x", "host": "far", "pid": 7}')
+        monkeypatch.setattr(lease_module.time, "time", lambda: 4e9)  # it was stopped for long
+        for write in (lambda: save(5, state, 1.0), lambda: recorder._writers[0]({"step": 5})):
+            with pytest.raises(lease_module.Held, match="process 7 on far"):
+                write()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        play(monkeypatch, tmp_path, run_loop, checkpoints)
+    assert checkpoints.started == []
+    assert json.loads((tmp_path / lease_module.FILE).read_text())["host"] == "far"

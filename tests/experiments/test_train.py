@@ -124,6 +124,26 @@ def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path, reference):
     assert losses(tmp_path / "run") == losses(reference[0] / "run")
 
 
+def test_a_second_run_in_a_workdir_is_refused_while_the_first_one_trains(tmp_path):
+    args = helpers.arguments(tmp_path, "--config.train.steps=100000")
+    first, path = helpers.start("train", *args), tmp_path / "run" / "metrics.jsonl"
+    deadline = time.time() + 200
+    while not path.exists() and time.time() < deadline and first.poll() is None:
+        time.sleep(0.05)
+    second = helpers.run("train", *args)
+    assert second.returncode == 75, second.stderr
+    assert second.stderr.startswith(
+        f"error: --workdir={tmp_path}/run is in use: process {first.pid}"
+    )
+    assert second.stderr.count("\n") == 1
+    first.send_signal(signal.SIGTERM)
+    out, _ = first.communicate(timeout=100)
+    assert first.returncode == 0, out
+    assert not (tmp_path / "run" / "lease.json").exists()
+    steps = [row["step"] for row in metrics.read(path)]
+    assert steps == list(range(1, len(steps) + 1)), "nobody else wrote"
+
+
 @pytest.mark.slow
 def test_eight_devices_give_the_same_losses(tmp_path, reference):
     done = helpers.run(
