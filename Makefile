@@ -57,7 +57,7 @@ clean: ## remove the environments; runs and caches stay
 .venv/dev: .venv/core setup.py
 	.venv/bin/python $(PIP) torch==2.13.0
 	.venv/bin/python $(PIP) -r requirements.txt -e '.[dev,parity]'
-	.venv/bin/python $(PIP) --upgrade --target .venv/libtpu libtpu==0.0.51
+	rm -rf .venv/libtpu && .venv/bin/python $(PIP) --target .venv/libtpu libtpu==0.0.52
 	@touch $@
 
 .venv/bench: .venv/dev

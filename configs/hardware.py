@@ -15,7 +15,7 @@ PLACE = "the slice after the colon of --config"
 def lay_out(run: config.Run, name: str) -> config.Run:
     """`run` with a mesh and a way of computing for the slice. ValueError if there is none that fits."""
     slice_ = hardware.find_slice(name, PLACE)
-    name = name.replace("-", "_")
+    name = hardware.name_of(name)
     if found := fit.fits(run, name):
         return found[0].run
     rows = run.train.batch_size

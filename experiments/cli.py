@@ -86,7 +86,7 @@ def slice_of(run: config.Run) -> str:
             f"a slice is needed, as in --config=configs/7b.py:v4_32; there are {hardware.names()}"
         )
     hardware.find_slice(run.mesh.hardware, "mesh.hardware")
-    return run.mesh.hardware.replace("-", "_")
+    return hardware.name_of(run.mesh.hardware)
 
 
 def run(main: Callable[[], int], *errors: type[Exception], settings: Sequence[str] = ()) -> None:

@@ -14,6 +14,7 @@ IMAGES = {
     "TPU v5 lite": "v2-alpha-tpuv5-lite",
     "TPU v5": "v2-alpha-tpuv5",
     "TPU v6 lite": "v2-alpha-tpuv6e",
+    "TPU7x": "v2-alpha-tpu7-ubuntu2404",
 }
 # What the API answers when a slice is no longer ours, and when it is.
 GONE = frozenset({"PREEMPTED", "TERMINATED", "STOPPED", "SUSPENDED", "SUSPENDING"})

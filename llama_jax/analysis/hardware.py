@@ -6,7 +6,7 @@ from llama_jax import config
 
 
 class Device(NamedTuple):
-    """One JAX device (on TPU v2 and v3 a core, half a chip). 0: not published."""
+    """One JAX device (on TPU v2, v3 and v7x a core, half a chip). 0: not published."""
 
     bf16_tflops: float
     watts: float = 0  # drawn by the whole chip for each device of it
@@ -24,7 +24,8 @@ class Device(NamedTuple):
 # doi:10.1145/3360307, v4 arXiv:2304.01433 table 4; of the later ones peak rate over operations a cycle.
 # Bandwidth of HBM: the same pages and data sheets; of v2 and v3 half a chip's.
 # Links: v2 and v3 doi:10.1145/3360307 (496 and 656 Gbit/s), v4 arXiv:2304.01433 (50 GB/s), less what
-# measurements reach (jax-ml.github.io/scaling-book: 45, 90). The data centre's network: 6.4 Tbit/s for the
+# measurements reach (jax-ml.github.io/scaling-book: 45, 90). Of v7x half a chip's: 2,307 TFLOP/s, 7.37 TB/s
+# (docs.cloud.google.com/tpu/docs/tpu7x). The data centre's network: 6.4 Tbit/s for the
 # 256 chips of a v5e pod and 25.6 for those of v6e, 50 Gbit/s a chip of v5p (the same pages); of GPUs one
 # InfiniBand port each, 200 Gbit/s beside an A100 and 400 beside an H100 (data sheets of DGX A100 and H100).
 
@@ -45,6 +46,7 @@ DEVICES = {
     "TPU v5 lite": Device(197, 0, 15.75, 1.503, 45, 4, 819, 3.125),
     "TPU v5": Device(459, 0, 95.0, 1.75, 90, 6, 2765, 6.25),
     "TPU v6 lite": Device(918, 0, 31.25, 1.75, 90, 4, 1640, 12.5),
+    "TPU7x": Device(1153.5, 0, 94.75, 2.2, 45, 6, 3690),
     "NVIDIA A100": Device(312, 400, _of_gpu(79.1), 0, 300, 1, 2039, 25),
     "NVIDIA H100": Device(989.4, 700, _of_gpu(79.1), 0, 450, 1, 3350, 50),
     "NVIDIA H200": Device(989.4, 700, _of_gpu(139.7), 0, 450, 1, 4800, 50),
@@ -53,8 +55,8 @@ DEVICES = {
 
 # KiB of its vector memory that one operation may use: larger tiles read HBM less often. A third faster on
 # v6e than with the compiler's own limit, an eighth on v5e and v5p; v4 takes no other (LOG.md).
-TILE_KIB = {"TPU v5 lite": 98304, "TPU v5": 65472, "TPU v6 lite": 98304}
-SPARSE_CORES = ("TPU v5", "TPU v6 lite")  # they gather and reduce beside the products
+TILE_KIB = {"TPU v5 lite": 98304, "TPU v5": 65472, "TPU v6 lite": 98304, "TPU7x": 65472}
+SPARSE_CORES = ("TPU v5", "TPU v6 lite", "TPU7x")  # they gather and reduce beside the products
 
 
 def find(device_kind: str) -> Device:
@@ -101,12 +103,17 @@ class Slice(NamedTuple):
         return "blockwise" if self.device in ("TPU v2", "TPU v3") else "splash"
 
 
-# The number in the name of v2, v3, v4 and v5p counts cores, two a chip; of v5e and v6e chips.
+# The number in the name of v2, v3, v4, v5p and v7x counts cores, two a chip; of v5e and v6e chips.
 _CUBES = {
     **{8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8"},
     **{512: "4x8x8", 1024: "8x8x8"},
 }
-_SQUARES = {8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_SQUARES = {
+    **{1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4"},
+    **{32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
+}
+# Generations whose slices the cloud calls by another name than this project.
+_CLOUD = {"v5litepod": "v5e", "tpu7x": "v7x"}
 
 
 def _slices():
@@ -118,8 +125,10 @@ def _slices():
         if cores <= 512:
             yield f"v4_{cores}", Slice("TPU v4", chips, chips // 4, f"v4-{cores}", f"v4:{shape}")
         yield f"v5p_{cores}", Slice("TPU v5", chips, chips // 4, f"v5p-{cores}", f"v5p:{shape}")
+        # A v7x chip is two devices, each with its half of the memory.
+        yield f"v7x_{cores}", Slice("TPU7x", cores, chips // 4, f"tpu7x-{cores}", f"tpu7x:{shape}")
     for chips, shape in _SQUARES.items():
-        hosts = max(chips // 4, 1) if chips > 8 else 1
+        hosts = chips // 4 if chips > 8 else 1
         for name, device, cloud in (
             ("v5e", "TPU v5 lite", "v5litepod"),
             ("v6e", "TPU v6 lite", "v6e"),
@@ -127,6 +136,7 @@ def _slices():
             where = f"{name}:{shape}"
             yield f"{name}_{chips}", Slice(device, chips, hosts, f"{cloud}-{chips}", where)
     yield "v5e_256x2", Slice("TPU v5 lite", 512, 128, "v5litepod-256", "v5e:16x16", 2)
+    yield "v6e_256x2", Slice("TPU v6 lite", 512, 128, "v6e-256", "v6e:16x16", 2)
 
 
 # GPUs come in nodes of 8 (NVLink within, a network between them): a100_16 is two nodes.
@@ -148,12 +158,18 @@ SLICES = dict(_slices()) | {
 }
 
 
+def name_of(name: str) -> str:
+    """The name in SLICES of a slice that may be called as the cloud does: v4-32, v5litepod-16, tpu7x-8."""
+    kind, _, number = name.replace("-", "_").partition("_")
+    return f"{_CLOUD.get(kind, kind)}_{number}"
+
+
 def find_slice(name: str, place: str = "mesh.hardware") -> Slice:
-    """The slice of that name: one of SLICES, or so many GPUs; v4-32 is v4_32.
+    """The slice of that name: one of SLICES, or so many GPUs; the cloud's own names are known, too.
 
     ValueError with the nearest name if there is none such.
     """
-    name = name.replace("-", "_")
+    name = name_of(name)
     kind, _, number = name.partition("_")
     if kind in GPUS and number.isdecimal():
         gpus = int(number)

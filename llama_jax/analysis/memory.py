@@ -50,6 +50,7 @@ WORK = {
     "TPU v5": Work(2.1, 3.5, 4.4, 6.2),
     "TPU v5 lite": Work(0.3, 6.3, 2.8, 2.9),
     "TPU v6 lite": Work(0.3, 6.3, 2.8, 2.9),
+    "TPU7x": Work(0.3, 6.3, 2.8, 2.9),
 }
 SCORES = 3.1  # times the float32 scores that attention in blocks holds at once, on TPUs
 LANES = 128  # the last dimension of an array takes a multiple of it in a TPU's memory

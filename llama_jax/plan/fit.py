@@ -26,7 +26,10 @@ LOGITS_GIB = 1.0  # of one chunk of the loss, at most
 # From compiled steps (docs/scale.md), all that is not a product included: FLOPs a second over the peak rate;
 # and what is stored for the backward pass, over the bandwidth of HBM, so often (written, read, brought into
 # other layouts). On v4 the two give the estimated seconds of 7B under full, attention and linear within 1%.
-PRODUCT_RATE = {"TPU v4": 0.70, "TPU v5": 0.75, "TPU v5 lite": 0.78, "TPU v6 lite": 0.61}
+PRODUCT_RATE = {
+    **{"TPU v4": 0.70, "TPU v5": 0.75, "TPU v5 lite": 0.78},
+    **{"TPU v6 lite": 0.61, "TPU7x": 0.7},
+}
 USUAL_RATE = 0.5  # of others
 STORED_PASSES = 13.4
 # Executed over model FLOPs; dots calls attention's kernel again, which has half the rate of products.

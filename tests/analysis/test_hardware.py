@@ -28,6 +28,29 @@ def test_a_part_of_a_node_is_refused_with_the_nearest_number(name, near):
         hardware.find_slice(name)
 
 
+@pytest.mark.parametrize(
+    ("called", "name", "devices", "hosts"),
+    [
+        ("v5litepod-16", "v5e_16", 16, 4),
+        ("v5litepod_4", "v5e_4", 4, 1),
+        ("v6e-1", "v6e_1", 1, 1),
+        ("v4-32", "v4_32", 16, 4),
+        ("tpu7x-128", "v7x_128", 128, 16),  # 64 chips, of two devices each, four a host
+    ],
+)
+def test_slices_are_found_by_the_clouds_names(called, name, devices, hosts):
+    assert hardware.name_of(called) == name
+    found = hardware.find_slice(called)
+    assert found == hardware.SLICES[name]
+    assert (found.devices, found.hosts) == (devices, hosts)
+    assert hardware.name_of(found.accelerator) == name
+
+
+def test_an_unknown_slice_of_the_clouds_name_is_refused_with_one_of_its_generation():
+    with pytest.raises(ValueError, match=r"nearest: 'v5e_\d+'"):
+        hardware.find_slice("v5litepod-15")
+
+
 def test_every_slice_of_the_table_is_found():
     for name, slice_ in hardware.SLICES.items():
         assert hardware.find_slice(name) == slice_
