@@ -100,7 +100,7 @@ def choose(runs: list) -> list:
 def held_out(study: schema.Study, prepared: prepare.Prepared) -> np.ndarray:
     """The rows that results are scored on. ValueError if there are too few."""
     try:
-        return np.stack(mixture.spread_rows(prepared, study.rows, study.block))
+        return np.stack(mixture.validation_blocks(prepared, study.rows, study.block))
     except ValueError as error:
         raise ValueError(f"rows={study.rows}: {error}") from None
 

@@ -9,6 +9,7 @@ a run on texts that the network makes itself (arXiv:2305.17888 section 3.1). Per
 text from the same place that the calibration did not read.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -118,7 +119,7 @@ def texts(folder: Path, module: Transformer, tokenizer: Tokenizer, rows: int, le
         return of_file(Path(TEXT.value), tokenizer, rows, length)
     if (folder / "run.json").is_file():
         run = config.from_dict(json.loads((folder / "run.json").read_text()))
-        return of_run(run, module, rows, length)
+        return of_run(run, rows, length)
     return own(folder, module, tokenizer, rows, length)
 
 
@@ -157,18 +158,15 @@ def cut(text: str, tokenizer: Tokenizer, most: int, length: int) -> np.ndarray:
     return np.concatenate([np.full((count, 1), tokenizer.bos, np.int32), body], axis=1)
 
 
-def of_run(run: config.Run, module: Transformer, rows: int, length: int) -> Rows:
-    """What the run was trained on, in its order, and what it was validated on."""
+def of_run(run: config.Run, rows: int, length: int) -> Rows:
+    """What the run was trained on, in its order, and held-out rows of each source."""
     prepared = prepare.prepare(run.data, run.model.vocab_size)
     size = run.train.batch_size
     load = iterator.loader(run, prepared, np.arange(size))
     inputs = [load(step).batch.tokens_BT for step in range(-(-rows // size))]
-    held = []
-    for batch in iterator.validation(run, prepared, module.layout):
-        held.append(np.asarray(batch.tokens_BT)[np.asarray(batch.weights_BT).any(axis=1)])
-        if sum(map(len, held)) >= MEASURED:
-            break
-    measured = np.concatenate(held)[:MEASURED, :length]
+    measuring = dataclasses.replace(run, eval=config.Eval(rows=MEASURED))
+    held = [batch.tokens_BT for _, batch in iterator.validation_here(measuring, prepared)]
+    measured = np.concatenate(held)[:, :length]
     if len(measured) < 2:
         raise ValueError(
             f"the run holds {len(measured)} rows back, and 2 are needed; give --text=FILE"

@@ -178,8 +178,9 @@ def train(
             audit = metrics.jsonl(workdir / "audit.jsonl", first)
     rates = figures(run, program.module)
     recorder = loop.Recorder(run, rates, writers, console, seconds)
+    per_token = iterator.bytes_per_token(run, prepared)
     evaluate = functools.partial(
-        validation, machine.evaluate, run, prepared, layout, interrupt=interrupt
+        validation, machine.evaluate, run, prepared, layout, per_token, interrupt=interrupt
     )
 
     def save(done: int, state: Any, seconds: float) -> None:
@@ -213,7 +214,7 @@ def train(
         signal, interrupt.signal = interrupt.signal, ""
         last |= evaluate(state.params)
         interrupt.signal = interrupt.signal or signal
-    results = {name: last[name] for name in RESULTS if name in last}
+    results = {name: value for name, value in last.items() if name.startswith("validation_")}
     spent = (recorder.seconds, recorder.seconds - seconds)
     return Result(state, rows, results, *spent, rates, first)
 
@@ -223,9 +224,6 @@ def describe(workdir: Path, run: dict[str, Any], prepared: prepare.Prepared) -> 
     files.write(workdir / "run.json", json.dumps(run, indent=2) + "\n")
     if path := prepared.tokenizer_config.path:
         files.write(workdir / native.TOKENIZER, Path(path).read_bytes())
-
-
-RESULTS = ("validation_loss", "validation_bits_per_byte")
 
 
 def start(run, program, checkpoints, prepared) -> tuple[Any, float]:
@@ -250,20 +248,37 @@ def figures(run: config.Run, module) -> loop.Rates:
     return loop.Rates(flops.per_token(module, run.data.seq_len), peak * 1e12 * len(devices))
 
 
-def validation(evaluate, run, prepared, layout, params, *, interrupt) -> dict[str, float]:
-    """Loss on held-out rows, nats a token and bits a byte; nothing if interrupted."""
-    total = None
-    for batch in iterator.validation(run, prepared, layout):
+def validation(
+    evaluate, run, prepared, layout, bytes_per_token, params, *, interrupt
+) -> dict[str, float]:
+    """Loss on held-out rows, nats a token, and bits a byte; nothing if interrupted."""
+    sums = {}
+    for source, batch in iterator.validation(run, prepared, layout):
         if interrupt.signal:
             return {}
-        sums = evaluate(params, batch)
-        total = sums if total is None else jax.tree.map(jax.numpy.add, total, sums)
-    nats = float(total.nll / total.weight)
-    return {"validation_loss": nats, "validation_bits_per_byte": bits_per_byte(nats, prepared)}
+        sums.setdefault(source, []).append(evaluate(params, batch))
+    nats = {}
+    for source, parts in jax.device_get(sums).items():
+        nats[source] = sum(float(part.nll) for part in parts) / sum(
+            float(part.weight) for part in parts
+        )
+    return measured("validation", nats, bytes_per_token)
 
 
-def bits_per_byte(nats: float, prepared) -> float:
-    return nats / math.log(2) * prepared.validation_tokens / prepared.validation_bytes
+def measured(
+    name: str, nats: dict[str, float], bytes_per_token: dict[str, float]
+) -> dict[str, float]:
+    """NAME_loss, nats a token, and NAME_bits_per_byte of a model, from its nats in each source.
+
+    They are means over the sources; where there are several, NAME_loss/SOURCE is of one.
+    """
+    bits = {source: of / math.log(2) / bytes_per_token[source] for source, of in nats.items()}
+    values = {}
+    for what, of in (("loss", nats), ("bits_per_byte", bits)):
+        values[f"{name}_{what}"] = sum(of.values()) / len(of)
+        if len(of) > 1:
+            values |= {f"{name}_{what}/{source}": value for source, value in of.items()}
+    return values
 
 
 def card(

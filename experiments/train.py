@@ -18,7 +18,8 @@ from experiments import cli, hosts, session
 from experiments.lease import Lease
 from llama_jax import config, tree
 from llama_jax.analysis import baseline, runcard
-from llama_jax.data import mixture
+from llama_jax.data import iterator
+from llama_jax.data.batch import Batch
 from llama_jax.decode.engine import Engine
 from llama_jax.decode.generate import Decoder, Request
 from llama_jax.train import checkpoint, loop, metrics
@@ -76,21 +77,30 @@ def conclude(run, workdir, module, result, prepared) -> None:
 def baselines(run: config.Run, prepared) -> dict[str, float]:
     """Unigram and bigram counts of the training rows, scored on the validation rows."""
     rows = max(BASELINE_TOKENS // run.data.seq_len, 1)
-    train = np.concatenate([tokens[:-1] for tokens in mixture.first_rows(run.data, prepared, rows)])
-    held_out = np.stack(mixture.validation_rows(prepared, run.eval.rows))
-    contexts, targets = held_out[:, :-1].ravel(), held_out[:, 1:].ravel()
-    size = run.model.vocab_size
-    return {
-        "unigram": baseline.unigram(train, targets, size),
-        "bigram": baseline.bigram(train, contexts, targets, size),
-    }
+    train, size = counted(iterator.first_rows(run, prepared, rows)), run.model.vocab_size
+    models = {"unigram": baseline.unigram(*train, size), "bigram": baseline.bigram(*train, size)}
+    found = {name: {} for name in models}
+    for source, batch in iterator.validation_here(run, prepared):
+        pairs = counted(batch)
+        for name, model in models.items():
+            found[name].setdefault(source, []).append(model(*pairs))
+    per_token, results = iterator.bytes_per_token(run, prepared), {}
+    for name, of in found.items():
+        nats = {source: float(np.concatenate(parts).mean()) for source, parts in of.items()}
+        results |= session.measured(name, nats, per_token)
+    return results
+
+
+def counted(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens before targets that count, and those targets."""
+    counts_BT = batch.weights_BT > 0
+    return batch.tokens_BT[counts_BT], batch.targets_BT[counts_BT]
 
 
 def finish(run, workdir, module, result, prepared) -> None:
     """What is left when the last step is done: plot, run card, a look at what the network writes."""
-    prompt = mixture.validation_rows(prepared, 1)[0][
-        : min(SAMPLE_PROMPT, run.data.seq_len // 2)
-    ].tolist()
+    first, _ = prepared.sources[0].store.validation.read([0])
+    prompt = first[0, : min(SAMPLE_PROMPT, run.data.seq_len // 2)].tolist()
     most = run.model.max_positions or SAMPLE_PROMPT + SAMPLE_TOKENS
     new = min(SAMPLE_TOKENS, most - len(prompt))
     parameters = tree.count(result.state.params)
@@ -99,22 +109,34 @@ def finish(run, workdir, module, result, prepared) -> None:
         return
     from llama_jax.analysis import plots  # matplotlib is slow to import
 
-    counted = baselines(run, prepared)
+    results = result.results | baselines(run, prepared)
+    more = {name: results[name] for name in ("unigram_loss", "bigram_loss")}
     title = f"{workdir.name}: {parameters:,} parameters"
-    plots.loss(result.rows, counted, workdir / "loss.png", title)
-    more = {f"{name}_loss": nats for name, nats in counted.items()}
+    plots.loss(result.rows, more, workdir / "loss.png", title)
     runcard.write(session.card(run, result, prepared, command(), more), workdir)
 
     decode = prepared.tokenizer.decode
     print(f"\na sample at temperature {SAMPLE_TEMPERATURE}, from the first held-out row")
     print("  prompt:       " + indent(decode(prompt)))
     print("  continuation: " + indent(sample))
-    print(f"\n{'':14}nats/token  bits/byte")
-    for name, nats in {"validation": result.results["validation_loss"], **counted}.items():
-        print(f"{name:14}{nats:10.4f}{session.bits_per_byte(nats, prepared):11.4f}")
+    print("\n".join(table(results, [corpus.name for corpus in prepared.sources])))
     print(f"\n{result.seconds:.0f} s of training; written to {workdir}:")
     for name in ("checkpoints", "metrics.jsonl", "loss.png", "runcard.md", "runcard.json"):
         print(f"  {workdir / name}")
+
+
+def table(results: dict[str, float], sources: list[str]) -> list[str]:
+    """Losses of the network and of counting; where there are several sources their mean, then each."""
+    lines = [("", "nats/token", "bits/byte")]
+    for name in ("validation", "unigram", "bigram"):
+        several = [f"/{source}" for source in sources] if len(sources) > 1 else []
+        for source in ("", *several):
+            values = (results[f"{name}_{what}{source}"] for what in ("loss", "bits_per_byte"))
+            label = f"  {source[1:]}" if source else name
+            lines.append((label, *(f"{value:.4f}" for value in values)))
+    width = max(14, *(len(label) + 2 for label, *_ in lines))
+    mean = [f"the mean over {len(sources)} sources, and of each"] if len(sources) > 1 else []
+    return ["", *mean, *(f"{label:{width}}{nats:>10}{bits:>11}" for label, nats, bits in lines)]
 
 
 def sampled(module, params, tokenizer, prompt: list[int], new: int) -> str:

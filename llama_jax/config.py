@@ -345,7 +345,7 @@ class Checkpoint:
 @dataclasses.dataclass(frozen=True)
 class Eval:
     every: int = 1000  # steps
-    rows: int = 2048  # held-out rows, at most
+    rows: int = 2048  # held-out rows, at most; an equal share of each source
 
     def __post_init__(self):
         _positive(self, "eval", "every", "rows")
@@ -465,6 +465,10 @@ class Run:
             raise ValueError(
                 f"model.max_positions={self.model.max_positions} must be at least "
                 f"data.seq_len={self.data.seq_len}: no position may be without its row"
+            )
+        if self.eval.rows < len(self.data.sources):
+            raise ValueError(
+                f"eval.rows={self.eval.rows} must be at least {len(self.data.sources)}, one of each source"
             )
         if self.optim.warmup_steps >= self.train.steps:
             raise ValueError(

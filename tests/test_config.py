@@ -4,7 +4,7 @@ import json
 import pytest
 
 from llama_jax import config
-from llama_jax.config import Data, Mesh, Model, Optim, Rope, Run, Source, Tokenizer, Train
+from llama_jax.config import Data, Eval, Mesh, Model, Optim, Rope, Run, Source, Tokenizer, Train
 
 
 def test_editing_form_and_back():
@@ -80,6 +80,7 @@ def test_names_of_the_how_exist():
         (lambda: Mesh(data=-1, fsdp=-1), r"may leave one axis to be filled"),
         (lambda: Mesh(tensor=0), r"must be positive, or -1"),
         (lambda: Run(train=Train(steps=10)), r"optim.warmup_steps=2000 must be below train.steps=10"),
+        (lambda: Run(data=Data(sources=(Source("a"), Source("b"))), eval=Eval(rows=1)), r"eval.rows=1 must be at least 2, one of each source"),
         (lambda: Run(train=Train(loss_chunks=3)), r"train.loss_chunks=3 must divide data.seq_len=2048"),
         (lambda: config.from_dict({"model": {"dmi": 3}}), r"model.dmi is not a setting; nearest: model.dim"),
         (lambda: config.from_dict({"model": {"dim": "a"}}), r"model.dim='a' must be int, not str"),

@@ -5,7 +5,10 @@ from typing import Any
 
 
 def loss(rows: list[dict[str, Any]], baselines: dict[str, float], path: Path, title: str) -> None:
-    """Training and validation loss against tokens, with horizontal lines for the baselines."""
+    """Training and validation loss against tokens, with horizontal lines for the baselines.
+
+    `validation_loss/NAME` in a row, of one source among several, is a thin line.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -15,11 +18,17 @@ def loss(rows: list[dict[str, Any]], baselines: dict[str, float], path: Path, ti
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     tokens = [row["tokens"] for row in rows]
     axes.plot(tokens, [row["loss"] for row in rows], linewidth=1, label="training")
-    held_out = [(row["tokens"], row["validation_loss"]) for row in rows if "validation_loss" in row]
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), marker="o", label="validation")
-    for (name, value), style in zip(baselines.items(), ("--", ":"), strict=False):
-        axes.axhline(value, color="grey", linestyle=style, label=f"{name} {value:.3f}")
+    names = dict.fromkeys(
+        name for row in rows for name in row if name.startswith("validation_loss")
+    )
+    for name in names:
+        points = [(row["tokens"], row[name]) for row in rows if name in row]
+        _, is_one_source, source = name.partition("/")
+        style = {"linewidth": 0.8} if is_one_source else {"marker": "o"}
+        axes.plot(*zip(*points, strict=True), label=f"validation {source}".strip(), **style)
+    for (name, value), line in zip(baselines.items(), ("--", ":"), strict=False):
+        text = f"{name.removesuffix('_loss')} {value:.3f}"
+        axes.axhline(value, color="grey", linestyle=line, label=text)
     axes.set(xlabel="tokens", ylabel="loss (nats a token)", title=title)
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.grid(alpha=0.3)

@@ -73,7 +73,7 @@ def markdown(card: dict[str, Any]) -> str:
         "device-hours": f"{card['device_hours']:.4g}",
         f"energy (PUE {carbon.PUE})": _or_unknown(card["kwh"], "{:.4g} kWh"),
         f"CO2eq ({carbon.KG_PER_KWH} kg/kWh)": _or_unknown(card["kg_co2eq"], "{:.4g} kg"),
-        **{name.replace("_", " "): f"{value:.4f}" for name, value in card["results"].items()},
+        **{_words(name): f"{value:.4f}" for name, value in card["results"].items()},
         **{name.replace("_", " "): f"`{value}`" for name, value in card["provenance"].items()},
     }
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
@@ -81,6 +81,12 @@ def markdown(card: dict[str, Any]) -> str:
         f"# Run card\n\n```\n{card['command']}\n```\n\n| | |\n|---|---|\n{table}\n"
         f"## Config\n\n```json\n{json.dumps(card['config'], indent=2)}\n```\n"
     )
+
+
+def _words(name: str) -> str:
+    """ "validation loss", or "validation loss, my_books" of one source."""
+    what, slash, source = name.partition("/")
+    return what.replace("_", " ") + (f", {source}" if slash else "")
 
 
 def _or_unknown(value, form):

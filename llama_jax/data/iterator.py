@@ -16,6 +16,7 @@ from llama_jax.data import mixture
 from llama_jax.data.batch import Batch
 from llama_jax.data.prepare import Prepared
 from llama_jax.sharding import Layout
+from llama_jax.tokenizer import base
 
 
 class Loaded(NamedTuple):
@@ -59,20 +60,64 @@ def loader(run: config.Run, prepared: Prepared, own: np.ndarray) -> Callable[[in
     return load
 
 
-def validation(run: config.Run, prepared: Prepared, layout: Layout) -> Iterator[Batch]:
+def first_rows(run: config.Run, prepared: Prepared, rows: int) -> Batch:
+    """The first rows of training, in numpy; at most as many as there are different ones."""
+    order = mixture.order_of(run.data, prepared)
+    most = sum(len(corpus.store.train) for corpus in prepared.sources)
+    return _load(run, prepared, "train", [order[i] for i in range(min(rows, most))])
+
+
+class HeldOut(NamedTuple):
+    """A batch of held-out rows, all of one source."""
+
+    source: str
+    batch: Batch
+
+
+def validation(run: config.Run, prepared: Prepared, layout: Layout) -> Iterator[HeldOut]:
     """The held-out rows, source after source, in batches the size of a microbatch.
 
-    The last batch is filled up with rows of weight 0.
+    The last batch of a source is filled up with rows of weight 0.
     """
-    picks = mixture.validation_picks(prepared, run.eval.rows)
     size = run.train.batch_size // run.train.microbatches
     own = layout.host_rows(size)
-    for first in range(0, len(picks), size):
-        real = picks[first : first + size]
+    for source, real in _validation_batches(run, prepared):
         filled = real + real[-1:] * (size - len(real))
         local = _load(run, prepared, "validation", [filled[i] for i in own])
         counts_B1 = (own < len(real)).astype(np.float32)[:, None]
-        yield _put(local._replace(weights_BT=local.weights_BT * counts_B1), layout, size)
+        local = local._replace(weights_BT=local.weights_BT * counts_B1)
+        yield HeldOut(source, _put(local, layout, size))
+
+
+def validation_here(run: config.Run, prepared: Prepared) -> Iterator[HeldOut]:
+    """The same rows, all of them on this host, in numpy."""
+    for source, picks in _validation_batches(run, prepared):
+        yield HeldOut(source, _load(run, prepared, "validation", picks))
+
+
+def bytes_per_token(run: config.Run, prepared: Prepared) -> dict[str, float]:
+    """Bytes of text a target in each source, over the very targets that validation counts.
+
+    So bits a byte do not depend on which rows are read, nor on how they are packed. Begin and end
+    tokens add no bytes; where they are targets their bits count.
+    """
+    bytes_2V = base.byte_counts(prepared.tokenizer)
+    sums = {corpus.name: np.zeros(2) for corpus in prepared.sources}  # bytes, targets
+    for source, batch in validation_here(run, prepared):
+        counts_BT = batch.weights_BT > 0
+        is_first = (batch.tokens_BT == prepared.tokenizer.bos)[counts_BT].astype(int)
+        found = bytes_2V[is_first, batch.targets_BT[counts_BT]]
+        sums[source] += found.sum(), found.size
+    return {source: float(of_text / targets) for source, (of_text, targets) in sums.items()}
+
+
+def _validation_batches(run, prepared: Prepared) -> Iterator[tuple[str, list[mixture.Pick]]]:
+    picks = mixture.validation_picks(prepared, run.eval.rows)
+    size = run.train.batch_size // run.train.microbatches
+    for number, corpus in enumerate(prepared.sources):
+        own = [pick for pick in picks if pick[0] == number]
+        for first in range(0, len(own), size):
+            yield corpus.name, own[first : first + size]
 
 
 def _load(run: config.Run, prepared: Prepared, split: str, picks: list[mixture.Pick]) -> Batch:

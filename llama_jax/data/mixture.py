@@ -75,45 +75,38 @@ def epochs(prepared: Prepared, rows: int) -> dict[str, float]:
     }
 
 
-def first_rows(data: config.Data, prepared: Prepared, rows: int) -> list[np.ndarray]:
-    """Tokens [T+1] of the first rows of training, at most as many as there are different ones."""
-    picks = order_of(data, prepared)
-    most = sum(len(corpus.store.train) for corpus in prepared.sources)
-    return _tokens(prepared, "train", [picks[i] for i in range(min(rows, most))])
+def validation_picks(prepared: Prepared, rows: int, block: int = 1) -> list[Pick]:
+    """The held-out rows that losses are measured on, source after source.
 
-
-def validation_rows(prepared: Prepared, rows: int) -> list[np.ndarray]:
-    """Tokens [T+1] of the held-out rows, in the order of `validation_picks`."""
-    return _tokens(prepared, "validation", validation_picks(prepared, rows))
-
-
-def spread_rows(prepared: Prepared, rows: int, block: int) -> list[np.ndarray]:
-    """Tokens [T+1] of blocks of rows that lie together, the blocks spread evenly over each source.
-
-    Sources share as in `validation_picks`. ValueError if there are fewer rows.
+    An equal number of each source, spread evenly over all that it has, in blocks of neighbours: the
+    first rows alone would be those of the first file or two. What a short source leaves goes to the
+    others; so many rows in all, or as many as there are.
     """
     blocks = [len(corpus.store.validation) // block for corpus in prepared.sources]
     takes = _shares(blocks, rows // block)
-    if sum(takes) * block < rows:
-        raise ValueError(
-            f"{rows} held-out rows in blocks of {block} are needed, and there are {sum(takes) * block}"
-        )
-    picks = [
+    return [
         (source, first * blocks[source] // take * block + i)
         for source, take in enumerate(takes)
         for first in range(take)
         for i in range(block)
     ]
-    return _tokens(prepared, "validation", picks)
 
 
-def validation_picks(prepared: Prepared, rows: int) -> list[Pick]:
-    """The held-out rows: the first of each source, source after source, an equal number of each.
+def validation_blocks(prepared: Prepared, rows: int, block: int) -> list[np.ndarray]:
+    """Tokens [T+1] of `validation_picks`, strictly as many of each source.
 
-    What a short source leaves goes to the others; so many rows in all, or as many as there are.
+    The mean over them is the mean over sources. ValueError if a source has too few.
     """
-    takes = _shares([len(corpus.store.validation) for corpus in prepared.sources], rows)
-    return [(source, row) for source, take in enumerate(takes) for row in range(take)]
+    share = rows // len(prepared.sources) // block * block
+    for corpus in prepared.sources:
+        there = len(corpus.store.validation) // block * block
+        if there < share:
+            raise ValueError(
+                f"{share} held-out rows of each source are needed, in blocks of {block}, and "
+                f"data.sources.{corpus.name} has {there}; nearest: {there * len(prepared.sources)}, "
+                "or raise data.validation_fraction"
+            )
+    return _tokens(prepared, "validation", validation_picks(prepared, rows, block))
 
 
 def _shares(left: list[int], wanted: int) -> list[int]:

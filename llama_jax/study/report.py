@@ -59,12 +59,14 @@ def sentences(report: Report) -> list[str]:
             f"to within {off:.2%}."
         )
     rows = max((one.losses().shape[1] for one in report.results if one.runs), default=0)
+    several = len(run.data.sources)
     said = [
         f"Every run trains on {_range(tokens)} tokens in {_range(steps)} steps, rows of "
         f"{run.data.seq_len}. "
         f"Of a seed all cells see the same text in the same order and begin with the same numbers "
         f"wherever shapes agree. {held}",
-        f"Losses are means over {study.seeds} seed{'s' * (study.seeds > 1)} and {rows:,} held-out rows in "
+        f"Losses are means over {study.seeds} seed{'s' * (study.seeds > 1)} and {rows:,} held-out rows"
+        f"{f', as many of each of {several} sources,' if several > 1 else ''} in "
         f"blocks of {study.block} that lie together, nats a token. Intervals are 95%, each by itself, by "
         f"drawing seeds and blocks anew, with Student's t for so few seeds; p values of the paired "
         f"differences are Holm's, over {len(report.rows) - 1} comparisons with {report.rows[0].name}; "

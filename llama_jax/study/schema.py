@@ -69,6 +69,13 @@ class Study:
                 f"rows={self.rows} must be a multiple of {self.block}, two of them at least: rows come in "
                 f"blocks that lie together in the text; nearest: {near}"
             )
+        sources = len(self.base.data.sources)
+        if self.rows % (each := self.block * sources):
+            near = max(round(self.rows / each), 1) * each
+            raise ValueError(
+                f"rows={self.rows} must be a multiple of {each}: as many blocks of {self.block} of each of "
+                f"the {sources} sources; nearest: {near}"
+            )
         packed = (self.base.data.packing, self.base.data.segments)
         if packed != ("concat", "none"):
             raise ValueError(

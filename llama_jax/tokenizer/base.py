@@ -35,6 +35,25 @@ class Tokenizer(Protocol):
         ...
 
 
+def byte_counts(tokenizer: Tokenizer) -> np.ndarray:
+    """Bytes of UTF-8 that each id adds to a text, [2, V]: inside it, and as its first token.
+
+    Special tokens are no text. SentencePiece puts a space before a text, which is not the text's own.
+    """
+    special = set(tokenizer.special.values())
+    counts_2V = np.zeros((2, tokenizer.vocab_size), np.int64)
+    for token in range(tokenizer.vocab_size):
+        if token in special:
+            continue
+        raw = tokenizer.token_bytes(token)
+        counts_2V[:, token] = len(raw)
+        if raw.startswith(b" "):
+            text = tokenizer.decode([token])
+            dropped = len(raw) - len(raw.lstrip(b" ")) - (len(text) - len(text.lstrip(" ")))
+            counts_2V[1, token] -= dropped
+    return counts_2V
+
+
 def load(tokenizer: config.Tokenizer) -> Tokenizer:
     """The tokenizer that the config names; ValueError on a file that is missing or is not one."""
     return config.choose(KINDS, tokenizer.kind, "data.tokenizer.kind")(tokenizer.path)

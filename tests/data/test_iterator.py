@@ -103,24 +103,62 @@ class Host:
         return local
 
 
-def test_validation_is_the_first_rows_of_each_source_and_a_filled_up_last_batch(two_sources):
+def test_validation_goes_source_after_source_and_fills_up_the_last_batch_of_each(two_sources):
     data, prepared = two_sources
     run = dataclasses.replace(run_of(data, B, microbatches=2), eval=config.Eval(rows=11))
     alone = list(iterator.validation(run, prepared, Host(0, 1)))
-    assert [batch.tokens_BT.shape for batch in alone] == [(4, 13)] * 3
-    tokens = np.concatenate([batch.tokens_BT for batch in alone])
-    weights = np.concatenate([batch.weights_BT for batch in alone])
-    expected = [
-        corpus.store.validation.read([row])[0][0][:-1]
-        for corpus, rows in zip(prepared.sources, (6, 5), strict=True)
-        for row in range(rows)
-    ]
-    np.testing.assert_array_equal(tokens[:11], expected)
-    assert weights.sum(axis=1).tolist() == [13.0] * 11 + [0.0]
+    assert [source for source, _ in alone] == ["long", "long", "short", "short"]
+    assert [batch.tokens_BT.shape for _, batch in alone] == [(4, 13)] * 4
+    picks = mixture.validation_picks(prepared, 11)
+    expected = [prepared.sources[s].store.validation.read([row])[0][0] for s, row in picks]
+    tokens = np.concatenate([batch.tokens_BT for _, batch in alone])
+    weights = np.concatenate([batch.weights_BT for _, batch in alone])
+    assert weights.sum(axis=1).tolist() == [13.0] * 6 + [0.0] * 2 + [13.0] * 5 + [0.0] * 3
+    np.testing.assert_array_equal(tokens[weights[:, 0] > 0], np.array(expected)[:, :-1])
     for hosts in (2, 4):
         parts = [list(iterator.validation(run, prepared, Host(h, hosts))) for h in range(hosts)]
-        for n, batch in enumerate(alone):
-            same(joined([part[n] for part in parts]), batch)
+        for n, (_, batch) in enumerate(alone):
+            same(joined([part[n].batch for part in parts]), batch)
+    here = list(iterator.validation_here(run, prepared))
+    assert [len(batch.tokens_BT) for _, batch in here] == [4, 2, 4, 1]
+    np.testing.assert_array_equal(
+        np.concatenate([batch.targets_BT for _, batch in here]), np.array(expected)[:, 1:]
+    )
+
+
+def test_the_first_rows_are_those_that_training_begins_with(two_sources):
+    data, prepared = two_sources
+    run = run_of(data, B)
+    first = iterator.first_rows(run, prepared, B)
+    same(first, iterator.loader(run, prepared, np.arange(B))(0).batch)
+    total = sum(len(corpus.store.train) for corpus in prepared.sources)
+    assert len(iterator.first_rows(run, prepared, 10**9).tokens_BT) == total
+
+
+def test_bytes_a_token_are_of_the_targets_that_count(tmp_path):
+    folder = write_texts(tmp_path / "t", 30, lines=2)
+
+    def found(packing, segments):
+        data = data_of(
+            tmp_path, files(folder), seq_len=300, packing=packing, segments=segments,
+            validation_fraction=0.3,
+        )  # fmt: skip
+        prepared = prepare.prepare(data, 259, quiet)
+        run = dataclasses.replace(run_of(data, 4), eval=config.Eval(rows=10**6))
+        store = prepared.sources[0].store
+        return iterator.bytes_per_token(run, prepared)["corpus"], store
+
+    value, store = found("concat", "none")
+    tokens = store.validation.read(range(len(store.validation)))[0][:, 1:]
+    assert value == (tokens < 256).sum() / tokens.size
+    figures = store.meta.splits["validation"]
+    assert value > figures.bytes / figures.tokens, "the first begin token is no target"
+    value, store = found("best_fit", "none")  # no document is longer than a row
+    figures = store.meta.splits["validation"]
+    assert figures.documents > figures.rows > 1
+    assert value == figures.bytes / (figures.tokens - figures.rows)
+    value, _ = found("best_fit", "document")
+    assert value == figures.bytes / (figures.tokens - figures.documents)
 
 
 def test_padding_has_no_weight_and_every_real_target_has_one(tmp_path):

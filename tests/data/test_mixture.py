@@ -1,7 +1,6 @@
 import collections
-import glob
-import pathlib
 
+import numpy as np
 import pytest
 
 from llama_jax.data import mixture
@@ -82,9 +81,7 @@ def test_validation_takes_equally_and_gives_what_is_left_to_others(two_sources):
     def taken(rows):
         picks = mixture.validation_picks(prepared, rows)
         assert picks == sorted(set(picks))
-        counts = [sum(source == s for s, _ in picks) for source in (0, 1)]
-        assert all(row < counts[source] for source, row in picks)
-        return counts
+        return [sum(source == s for s, _ in picks) for source in (0, 1)]
 
     assert taken(1) == [1, 0]
     assert taken(4) == [2, 2]
@@ -93,18 +90,32 @@ def test_validation_takes_equally_and_gives_what_is_left_to_others(two_sources):
     assert taken(10**9) == [long, short]
 
 
-def test_rows_are_the_text(two_sources):
-    data, prepared = two_sources
-    rows = mixture.validation_rows(prepared, 6)
-    for source, row in ((0, rows[0]), (1, rows[3])):
-        text = prepared.tokenizer.decode(row)
-        files = map(pathlib.Path, glob.glob(data.sources[source].path))
-        assert any(text in file.read_text() for file in files), text
-    first = mixture.first_rows(data, prepared, 9)
-    order = mixture.order_of(data, prepared)
-    for n, row in enumerate(first):
-        source, index = order[n]
-        expected = prepared.sources[source].store.train.read([index])[0][0]
-        assert row.tolist() == expected.tolist()
-    total = sum(len(corpus.store.train) for corpus in prepared.sources)
-    assert len(mixture.first_rows(data, prepared, 10**9)) == total
+def test_validation_is_spread_evenly_over_each_source(two_sources):
+    """Not its first rows: they would be those of the first file."""
+    _, prepared = two_sources
+    for corpus_rows, number in (
+        (len(c.store.validation), n) for n, c in enumerate(prepared.sources)
+    ):
+        own = [row for source, row in mixture.validation_picks(prepared, 8) if source == number]
+        assert own == [i * corpus_rows // 4 for i in range(4)]
+    long = len(prepared.sources[0].store.validation)
+    own = [row for source, row in mixture.validation_picks(prepared, 12, 3) if source == 0]
+    assert own == [0, 1, 2, *(long // 3 // 2 * 3 + i for i in range(3))]
+
+
+def test_blocks_are_as_many_of_each_source_or_the_source_is_named(two_sources):
+    _, prepared = two_sources
+    short = len(prepared.sources[1].store.validation)
+    block, fit = 2, short // 2 * 2
+    tokens = mixture.validation_blocks(prepared, 2 * fit, block)
+    expected = [
+        prepared.sources[source].store.validation.read([row])[0][0]
+        for source, row in mixture.validation_picks(prepared, 2 * fit, block)
+    ]
+    np.testing.assert_array_equal(tokens, expected)
+    message = (
+        rf"{fit + 2} held-out rows of each source are needed, in blocks of 2, and data.sources.short "
+        rf"has {fit}; nearest: {2 * fit}, or raise data.validation_fraction"
+    )
+    with pytest.raises(ValueError, match=message):
+        mixture.validation_blocks(prepared, 2 * fit + 4, block)

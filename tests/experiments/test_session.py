@@ -1,14 +1,18 @@
 """A run in its workdir, with everything that computes replaced."""
 
 import json
+import math
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import pytest
 
 from experiments import lease as lease_module
 from experiments import session
 from llama_jax import config
+from llama_jax.data import iterator
 from llama_jax.train import checkpoint, loop
+from llama_jax.train.loss import Sums
 
 RUN = config.Run(
     data=config.Data(seq_len=8),
@@ -44,6 +48,7 @@ def play(monkeypatch, tmp_path, run_loop, checkpoints):
         (session, "figures", lambda *_: loop.Rates(1.0, 0.0)),
         (session.provenance, "describe", lambda _: {}),
         (session.iterator, "train", lambda *_: iter(())),
+        (session.iterator, "bytes_per_token", lambda *_: {}),
         (session.loop, "run", run_loop),
         (lease_module, "SETTLE_SECONDS", 0.0),
     ):
@@ -92,3 +97,33 @@ def test_a_workdir_that_another_process_took_over_gets_no_more_rows_and_checkpoi
         play(monkeypatch, tmp_path, run_loop, checkpoints)
     assert checkpoints.started == []
     assert json.loads((tmp_path / lease_module.FILE).read_text())["host"] == "far"
+
+
+def test_validation_is_the_mean_over_sources_and_bits_are_of_each_sources_own_text(monkeypatch):
+    """Three quarters of the tokens are prose, at 4 bytes a token; digits have 1."""
+    parts = [("prose", 90.0, 30.0), ("prose", 60.0, 30.0), ("digits", 20.0, 20.0)]
+    held_out = [iterator.HeldOut(source, sums) for source, *sums in parts]
+    monkeypatch.setattr(session.iterator, "validation", lambda *_: iter(held_out))
+
+    def evaluate(params, batch):
+        nll, weight = map(jnp.float32, batch)
+        return Sums(nll, weight, nll)
+
+    bytes_per_token = {"prose": 4.0, "digits": 1.0}
+    interrupt = SimpleNamespace(signal="")
+    values = session.validation(
+        evaluate, None, None, None, bytes_per_token, None, interrupt=interrupt
+    )
+    prose, digits = 2.5 / 4 / math.log(2), 1 / math.log(2)
+    assert values == pytest.approx(
+        {
+            "validation_loss": 1.75,
+            "validation_loss/prose": 2.5,
+            "validation_loss/digits": 1.0,
+            "validation_bits_per_byte": (prose + digits) / 2,
+            "validation_bits_per_byte/prose": prose,
+            "validation_bits_per_byte/digits": digits,
+        }
+    )
+    alone = session.measured("unigram", {"prose": 2.5}, bytes_per_token)
+    assert alone == pytest.approx({"unigram_loss": 2.5, "unigram_bits_per_byte": prose})

@@ -107,6 +107,20 @@ def test_what_cannot_be_is_refused_before_the_first_run(axes, settings, message)
         grid.cells(study(axes, **settings))
 
 
+def test_rows_are_blocks_of_every_source_alike():
+    """So that the mean over rows, from which intervals come, is the mean over sources."""
+    page = research_300k.get_config()
+    with page.unlocked():
+        page.data.sources.more = dict(page.data.sources.corpus)
+        page.data.sources.third = dict(page.data.sources.corpus)
+    assert schema.freeze(schema.edit(page, {"ffn": FFN}, {}, rows=48)).rows == 48
+    message = (
+        "rows=64 must be a multiple of 24: as many blocks of 8 of each of the 3 .* nearest: 72"
+    )
+    with pytest.raises(ValueError, match=message):
+        schema.freeze(schema.edit(page, {"ffn": FFN}, {}, rows=64))
+
+
 def test_quick_stands_below_the_command_line():
     edited = position.get_config()
     edited.preset = "quick"

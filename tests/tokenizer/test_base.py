@@ -48,3 +48,13 @@ def test_twice_the_text_takes_less_than_thrice_the_time(request, kind, shape):
         # What disturbs a measurement comes and goes; twice the text at four times the time would stay.
         tries = (seconds(120_000, encode) / seconds(60_000, encode) for _ in range(10))
         assert min(tries) < 3
+
+
+@pytest.mark.parametrize("kind", ["tiny", "small", "llama2", "llama3"])
+def test_byte_counts_of_a_texts_tokens_add_up_to_its_bytes(request, kind):
+    tokenizer = request.getfixturevalue(kind)
+    inside, first = base.byte_counts(tokenizer)
+    for text in ("rope norm", " ab  naïve 日本 \n\n x", "\tllama"):
+        begin, *rest = tokenizer.encode(text)
+        assert first[begin] + inside[rest].sum() == len(text.encode())
+    assert not inside[list(tokenizer.special.values())].any()
