@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 from experiments import cli
-from llama_jax.analysis import scaling
+from llama_jax.analysis import runcard, scaling
 
 RUNS = flags.DEFINE_string("runs", "", "A glob of workdirs with run cards.")
 LAW = flags.DEFINE_string("law", "", "E,A,B,alpha,beta; or chinchilla. Instead of --runs.")
@@ -59,8 +59,8 @@ def main() -> int:
 
 def read(pattern: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """N, D and validation losses of the finished runs."""
-    cards = [Path(folder) / "runcard.json" for folder in sorted(glob.glob(pattern))]
-    found = [json.loads(card.read_text()) for card in cards if card.exists()]
+    cards = [runcard.read(Path(folder)) for folder in sorted(glob.glob(pattern))]
+    found = [card for card in cards if card]
     if not found:
         raise ValueError(f"--runs={pattern!r} matches no folder with a runcard.json")
     texts = {card["provenance"]["data"] for card in found}

@@ -68,7 +68,7 @@ def conclude(run, workdir, module, result, prepared) -> None:
             f"{result.interrupted}: {saved if done else 'nothing was trained yet'}; "
             f"run the same command to go on:\n  {command()}"
         )
-    elif result.first == done and hosts.first_says((workdir / "runcard.json").exists()):
+    elif result.first == done and hosts.first_says(runcard.read(workdir) is not None):
         print(f"already trained to step {done}: {workdir / 'runcard.md'} has the results")
     else:
         finish(run, workdir, module, result, prepared)
@@ -99,30 +99,32 @@ def counted(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
 
 def finish(run, workdir, module, result, prepared) -> None:
     """What is left when the last step is done: plot, run card, a look at what the network writes."""
-    first, _ = prepared.sources[0].store.validation.read([0])
-    prompt = first[0, : min(SAMPLE_PROMPT, run.data.seq_len // 2)].tolist()
-    most = run.model.max_positions or SAMPLE_PROMPT + SAMPLE_TOKENS
-    new = min(SAMPLE_TOKENS, most - len(prompt))
-    parameters = tree.count(result.state.params)
-    sample = sampled(module, result.state.params, prepared.tokenizer, prompt, new)
+    results = hosts.together(lambda: write(run, workdir, result, prepared) if hosts.first() else {})
+    try:
+        prompt, text = sampled(run, module, result.state.params, prepared)
+    except (ValueError, RuntimeError, MemoryError) as error:  # the results are written
+        prompt, text = "", f"none: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
     if not hosts.first():
         return
-    from llama_jax.analysis import plots  # matplotlib is slow to import
-
-    results = result.results | baselines(run, prepared)
-    more = {name: results[name] for name in ("unigram_loss", "bigram_loss")}
-    title = f"{workdir.name}: {parameters:,} parameters"
-    plots.loss(result.rows, more, workdir / "loss.png", title)
-    runcard.write(session.card(run, result, prepared, command(), more), workdir)
-
-    decode = prepared.tokenizer.decode
     print(f"\na sample at temperature {SAMPLE_TEMPERATURE}, from the first held-out row")
-    print("  prompt:       " + indent(decode(prompt)))
-    print("  continuation: " + indent(sample))
+    print("  prompt:       " + indent(prompt))
+    print("  continuation: " + indent(text))
     print("\n".join(table(results, [corpus.name for corpus in prepared.sources])))
     print(f"\n{result.seconds:.0f} s of training; written to {workdir}:")
     for name in ("checkpoints", "metrics.jsonl", "loss.png", "runcard.md", "runcard.json"):
         print(f"  {workdir / name}")
+
+
+def write(run, workdir, result, prepared) -> dict[str, float]:
+    """Plot and run card; the losses in them."""
+    from llama_jax.analysis import plots  # matplotlib is slow to import
+
+    results = result.results | baselines(run, prepared)
+    more = {name: results[name] for name in ("unigram_loss", "bigram_loss")}
+    title = f"{workdir.name}: {tree.count(result.state.params):,} parameters"
+    plots.loss(result.rows, more, workdir / "loss.png", title)
+    runcard.write(session.card(run, result, prepared, command(), more), workdir)
+    return results
 
 
 def table(results: dict[str, float], sources: list[str]) -> list[str]:
@@ -139,12 +141,19 @@ def table(results: dict[str, float], sources: list[str]) -> list[str]:
     return ["", *mean, *(f"{label:{width}}{nats:>10}{bits:>11}" for label, nats, bits in lines)]
 
 
-def sampled(module, params, tokenizer, prompt: list[int], new: int) -> str:
-    """The parameters are given up."""
+def sampled(run, module, params, prepared) -> tuple[str, str]:
+    """The beginning of the first held-out row, and how the network continues it.
+
+    The parameters are given up.
+    """
+    first, _ = prepared.sources[0].store.validation.read([0])
+    prompt = first[0, : min(SAMPLE_PROMPT, run.data.seq_len // 2)].tolist()
+    most = run.model.max_positions or SAMPLE_PROMPT + SAMPLE_TOKENS
+    new = min(SAMPLE_TOKENS, most - len(prompt))
     engine = Engine(module, params, config.Decode(temperature=SAMPLE_TEMPERATURE))
-    decoder = Decoder(engine, tokenizer, (), 1, len(prompt) + new)
+    decoder = Decoder(engine, prepared.tokenizer, (), 1, len(prompt) + new)
     ((_, result),) = decoder.run([Request(prompt, new)])
-    return result.text
+    return prepared.tokenizer.decode(prompt), result.text
 
 
 def indent(text: str) -> str:

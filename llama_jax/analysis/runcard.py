@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llama_jax import config
+from llama_jax import config, files
 from llama_jax.analysis import carbon
+
+FILE = "runcard.json"
 
 
 def make(
@@ -53,9 +55,18 @@ def make(
 
 
 def write(card: dict[str, Any], folder: Path) -> None:
-    """runcard.json and runcard.md."""
-    (folder / "runcard.json").write_text(json.dumps(card, indent=2) + "\n")
-    (folder / "runcard.md").write_text(markdown(card))
+    """runcard.md, and then runcard.json, which says that the run has its results."""
+    files.write(folder / "runcard.md", markdown(card))
+    files.write(folder / FILE, json.dumps(card, indent=2) + "\n")
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The card of a run; None if there is none, or not the whole of it."""
+    try:
+        card = json.loads((folder / FILE).read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return card if isinstance(card, dict) else None
 
 
 def markdown(card: dict[str, Any]) -> str:

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama_jax import config, files
+from llama_jax.analysis import runcard
 from llama_jax.eval.score import Scores
 from llama_jax.study.grid import Cell, name_of, seeded
 from llama_jax.train import metrics
 
-SCORES, FAILED, CARD = "scores.npz", "failed.txt", "runcard.json"
+SCORES, FAILED = "scores.npz", "failed.txt"
 
 
 def folder(workdir: Path, cell: Cell, seed: int) -> Path:
@@ -108,7 +109,7 @@ def collect(workdir: Path, cells: list[Cell], seeds: int) -> list[Results]:
         runs = [
             Finished(
                 seed,
-                json.loads((path / CARD).read_text()),
+                runcard.read(path),
                 metrics.read(path / "metrics.jsonl"),
                 read_scores(path),
             )
@@ -139,8 +140,7 @@ def check(workdir: Path, cells: list[Cell], seeds: int) -> None:
                     + "\n  ".join(differing)
                     + "\ngive a new --workdir, or the settings of the run that is there"
                 )
-            if (path / CARD).exists():
-                card = json.loads((path / CARD).read_text())
+            if card := runcard.read(path):
                 texts.setdefault(card["provenance"]["data"], path)
     if len(texts) > 1:
         places = ", ".join(f"{path.name} on {text}" for text, path in texts.items())

@@ -1,3 +1,7 @@
+import json
+
+import pytest
+
 from llama_jax import config
 from llama_jax.analysis import plots, runcard
 
@@ -36,6 +40,23 @@ def test_files_are_written(tmp_path):
     assert "| device-hours | 32 |" in text
     assert "| epochs | books 1.25 |" in text
     assert '"vocab_size": 32000' in text
+
+
+def test_a_card_is_there_whole_and_last_or_not_at_all(tmp_path, monkeypatch):
+    assert runcard.read(tmp_path) is None
+    runcard.write(card(), tmp_path)
+    assert runcard.read(tmp_path) == json.loads(json.dumps(card()))
+    (tmp_path / "runcard.json").write_text((tmp_path / "runcard.json").read_text()[:100])
+    assert runcard.read(tmp_path) is None, "of a version that wrote it in place"
+    (tmp_path / "runcard.json").unlink()
+
+    def markdown(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runcard, "markdown", markdown)
+    with pytest.raises(OSError, match="No space"):
+        runcard.write(card(), tmp_path)
+    assert runcard.read(tmp_path) is None, "the file that says so is written last"
 
 
 def test_the_plot_is_a_picture_of_the_rows(tmp_path):

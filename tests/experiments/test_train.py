@@ -1,7 +1,10 @@
 """The command that users type every day: what it writes, how it resumes, what it says when wrong."""
 
 import json
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -160,6 +163,33 @@ def test_a_finished_run_started_again_trains_no_further(reference):
     done = helpers.run("train", *helpers.arguments(folder, f"--config.train.steps={STEPS}"))
     assert done.returncode == 0, done.stderr
     assert (folder / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_torn_run_card_is_mended_though_nothing_can_be_sampled(reference):
+    """What a kill while it was written left, of versions that wrote it in place."""
+    folder, _ = reference
+    torn = folder / "torn"
+    shutil.copytree(folder / "run", torn)
+    whole = json.loads((torn / "runcard.json").read_text())
+    (torn / "runcard.json").write_text((torn / "runcard.json").read_text()[:100])
+    (torn / "runcard.md").unlink()
+    code = """from experiments import cli, train
+def sampled(*_):
+    raise RuntimeError("RESOURCE_EXHAUSTED: no memory for keys and values")
+train.sampled = sampled
+cli.run(train.main)"""
+    args = helpers.arguments(folder, f"--config.train.steps={STEPS}", workdir="torn")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], cwd=helpers.ROOT, env=helpers.environment(),
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "continuation: none: RESOURCE_EXHAUSTED" in done.stdout
+    mended = json.loads((torn / "runcard.json").read_text())
+    for part in ("results", "steps", "epochs", "config"):
+        ours, theirs = (json.dumps(card[part]).replace("/torn", "/run") for card in (mended, whole))
+        assert ours == theirs
+    assert (torn / "runcard.md").exists()
 
 
 @pytest.mark.slow
