@@ -30,7 +30,9 @@ from llama_jax import config, sharding
 # starts; with a handler in their parent they begin with the default.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+# Files that others wrote: those that the repository may carry, and those beside it (tests/data/PROVENANCE.md).
+TESTS = Path(__file__).resolve().parent
+SHARED = (TESTS / "data", TESTS.parents[1] / "shared" / "data")
 
 # All sizes different, so that a swapped axis fails.
 MODEL = config.Model(
@@ -58,11 +60,12 @@ def layout():
 
 @pytest.fixture(scope="session")
 def shared():
-    """A file of ../shared/data by its path; the test is skipped where it is absent."""
+    """A file that others wrote, by its path; the test is skipped where it is absent."""
 
     def find(path: str) -> Path:
-        if not (SHARED / path).exists():
-            pytest.skip(f"shared/data/{path} is not on this machine")
-        return SHARED / path
+        for folder in SHARED:
+            if (folder / path).exists():
+                return folder / path
+        pytest.skip(f"shared/data/{path} is not on this machine, and its licence forbids to carry it")
 
     return find
