@@ -66,6 +66,8 @@ def shared():
         for folder in SHARED:
             if (folder / path).exists():
                 return folder / path
-        pytest.skip(f"shared/data/{path} is not on this machine, and its licence forbids to carry it")
+        pytest.skip(
+            f"shared/data/{path} is not on this machine, and its licence forbids to carry it"
+        )
 
     return find

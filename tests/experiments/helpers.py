@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.experiments import warm
+
 ROOT = Path(__file__).resolve().parents[2]
 
 SMALL = [
@@ -69,11 +71,10 @@ def command(module: str, *args: str) -> list[str]:
     return [sys.executable, "-m", f"experiments.{module}", *args]
 
 
-def run(module: str, *args: str, devices: int = 1, prefix=()) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [*prefix, *command(module, *args)], cwd=ROOT, env=environment(devices),
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+def run(module: str, *args: str, devices: int = 1, env=None, stdin="", timeout=300):
+    """The command to its end, in a process of its own; `start` begins one as a shell does."""
+    env = env or environment(devices)
+    return warm.run([f"experiments.{module}", *args], env, timeout, stdin)
 
 
 def start(module: str, *args: str) -> subprocess.Popen:

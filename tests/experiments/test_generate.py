@@ -166,13 +166,9 @@ def test_a_draft_says_the_same(model, tmp_path):
 
 def test_a_chat_through_a_pipe(model, tmp_path):
     talk = f"hello\n/save {tmp_path / 'said.json'}\n/rest\n/system be brief\nagain\n"
-    import subprocess
 
-    done = subprocess.run(
-        helpers.command("generate", f"--checkpoint={model}", "--chat", "--config.decode.max_new_tokens=20"),
-        input=talk, cwd=helpers.ROOT, env=helpers.environment(), capture_output=True, text=True,
-        timeout=200,
-    )  # fmt: skip
+    flags = ["--chat", "--config.decode.max_new_tokens=20"]
+    done = helpers.run("generate", f"--checkpoint={model}", *flags, stdin=talk)
     assert done.returncode == 0, done.stderr
     assert "nothing in the checkpoint says that it was trained to chat" in done.stderr
     assert "using the form of llama2" in done.stderr

@@ -36,10 +36,7 @@ def launch(*args, path="", **more):
         **more,
     }
     environment["PATH"] = f"{path}:{environment['PATH']}"
-    return subprocess.run(
-        helpers.command("launch", *args), cwd=helpers.ROOT, env=environment, capture_output=True,
-        text=True, timeout=120,
-    )  # fmt: skip
+    return helpers.run("launch", *args, env=environment, timeout=120)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -223,7 +223,10 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_fails(tmp_path):
     code, _ = kill_at(5, signal.SIGTERM, args, tmp_path / "run")
     assert code == 0
     limited = ["bash", "-c", 'ulimit -f 60; trap "" XFSZ; exec "$@"', "-"]
-    done = helpers.run("train", *args, prefix=limited)
+    done = subprocess.run(
+        [*limited, *helpers.command("train", *args)],
+        cwd=helpers.ROOT, env=helpers.environment(), capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 1
     (last,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert f"the checkpoint of step {STEPS} could not be written" in last

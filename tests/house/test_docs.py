@@ -177,10 +177,9 @@ def test_generating_is_as_the_readme_says(tmp_path):
         words = [re.sub("=(runs/tiny|/tmp/stories)", f"={tmp_path}/run", word) for word in words]
         words = [re.sub("=(prompts|/tmp/texts)", f"={tmp_path}/\\1", word) for word in words]
         words = [word.replace("/tmp/texts", "texts") for word in words]
-        done = subprocess.run(
-            [sys.executable, *words, "--config.decode.max_new_tokens=8"], input="hi\n/reset\nyes\n",
-            cwd=ROOT, env=helpers.environment(), capture_output=True, text=True,
-        )  # fmt: skip
+        module, *flags = words[1:]
+        flags += ["--config.decode.max_new_tokens=8"]
+        done = helpers.run(module.removeprefix("experiments."), *flags, stdin="hi\n/reset\nyes\n")
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
     assert len((tmp_path / "texts.jsonl").read_text().splitlines()) == 2
