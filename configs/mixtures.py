@@ -1,7 +1,8 @@
 """What the published networks were trained on, as sources of rows under `rows/`.
 
 A source is a folder of rows made beforehand: point `--config.data.sources.NAME.path` elsewhere, or link
-`rows/NAME`.
+`rows/NAME`. `--config.data.sources.NAME.kind=files` makes rows on the way of the text at its path;
+`--config.data.sources.NAME.weight=0` leaves a source out.
 """
 
 import dataclasses

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -54,8 +55,26 @@ def claim_gpu_memory() -> None:
 def define_config() -> flags.FlagHolder:
     """--config=FILE, and --config.part.name=VALUE for every setting of it."""
     flag = config_flags.DEFINE_config_file("config", None, "The page to run.", lock_config=True)
+    flags.FLAGS["config"].parser = _Page("config")
     flags.mark_flag_as_required("config")
     return flag
+
+
+class _Page(config_flags.config_flags.ConfigFileFlagParser):
+    """Reads a page, and adds the sources that only the command line names, before it sets anything."""
+
+    def parse(self, path):
+        page = super().parse(path)
+        if not isinstance(page, ml_collections.ConfigDict):
+            return page  # it could not be loaded, and says so when it is read
+        run, place = (page.base, "base.") if "base" in page else (page, "")
+        start = re.compile(rf"--?config\.{place}data\.sources\.([^=]*)")
+        settings = [found[1] for argument in sys.argv[1:] if (found := start.match(argument))]
+        try:
+            config.add_sources(run, settings)
+        except ValueError as error:  # of which absl would make "flag --config=PAGE: ..."
+            raise AttributeError(str(error)) from error
+        return page
 
 
 def define_parts(**parts: object) -> flags.FlagHolder:
@@ -126,9 +145,11 @@ def _guarded(main, errors) -> int:
 
 def _unknown_setting(argv: list[str], known: list[str]) -> str:
     """A message on the first --config.part.name that is not known; "" if there is none."""
+    # Names of sources and choices are the page's own.
+    sources = {place.partition(".sources.")[0] for place in known if ".sources." in place}
     for argument in argv[1:]:
         name = argument.partition("=")[0]
-        is_open = ".sources." in name or ".axes." in name
+        is_open = name.partition(".sources.")[0] in sources or ".axes." in name
         if name.startswith("--config.") and not is_open and name not in known:
             return f"unknown setting {name}; nearest: {config.nearest(name, known)}"
     return ""

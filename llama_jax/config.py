@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import math
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -215,7 +216,8 @@ class Source:
     kind: str = "stdlib"
     path: str = ""
     text_field: str = "text"  # of jsonl, parquet and tfds records
-    weight: float = 1.0  # share of the training tokens, relative to the other sources
+    # Share of the training tokens, relative to the other sources. In the editing form 0 leaves it out.
+    weight: float = 1.0
 
     def __post_init__(self):
         place = f"data.sources.{self.name}"
@@ -250,7 +252,7 @@ class Data:
                 f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1; try 0.05"
             )
         if not self.sources:
-            raise ValueError("data.sources is empty; give at least one source")
+            raise ValueError("data.sources is empty; give at least one source, of a weight above 0")
         names = [source.name for source in self.sources]
         if len(set(names)) != len(names):
             raise ValueError(f"data.sources={names} must have different names")
@@ -486,6 +488,33 @@ def edit(run: Run) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(to_dict(run)).lock()
 
 
+def add_sources(edited: ml_collections.ConfigDict, settings: Sequence[str]) -> None:
+    """Give the editing form the sources whose settings ("books.kind") are named and that it lacks.
+
+    ValueError unless the kind of each new one is among them: a misspelt name is not a new source.
+    """
+    fields = [field.name for field in dataclasses.fields(Source) if field.name != "name"]
+    for setting in settings:
+        name, _, field = setting.partition(".")
+        place = f"data.sources.{setting}"
+        if not name.isidentifier():
+            raise ValueError(f"{place}: the name of a source must be of letters, digits and _")
+        if field not in fields:
+            tried = f"data.sources.{name}.{nearest(field, fields)}"
+            raise ValueError(f"{place} is not a setting; nearest: {tried}")
+        if name in edited.data.sources:
+            continue
+        if f"{name}.kind" not in settings:
+            there = ", ".join(edited.data.sources)
+            raise ValueError(
+                f"{place}: there is no source {name!r} but {there}; a new one needs "
+                f"data.sources.{name}.kind and data.sources.{name}.path, too"
+            )
+        new = {k: v for k, v in to_dict(Source(name)).items() if k != "name"}
+        with edited.unlocked():
+            edited.data.sources[name] = new
+
+
 def freeze(config: ml_collections.ConfigDict) -> Run:
     """The contract of an edited config. ValueError names what breaks which rule."""
     return from_dict(config.to_dict())
@@ -564,9 +593,12 @@ def _value(kind: Any, value: Any, place: str):
         if dataclasses.is_dataclass(part):
             if not isinstance(value, dict):
                 raise ValueError(f"{place}={value!r} must be a dict of name -> {part.__name__}")
+            # A source of weight 0 is left out: the command line cannot take one away otherwise.
+            kept = {
+                name: dict(v) for name, v in sorted(value.items()) if dict(v).get("weight") != 0
+            }
             return tuple(
-                _build(part, {"name": name, **dict(v)}, f"{place}.{name}")
-                for name, v in sorted(value.items())
+                _build(part, {"name": name, **v}, f"{place}.{name}") for name, v in kept.items()
             )
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{place}={value!r} must be a tuple of {part.__name__}")

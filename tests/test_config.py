@@ -35,6 +35,34 @@ def test_the_editing_form_is_locked():
         config.edit(Run()).model.dmi = 3
 
 
+def test_sources_are_added_and_left_out():
+    edited = config.edit(Run())
+    config.add_sources(edited, ["books.kind", "books.path", "corpus.weight"])
+    edited.data.sources.books.update(kind="files", path="books/*.txt")
+    made = config.freeze(edited)
+    assert made.data.sources == (Source("books", "files", "books/*.txt"), Source("corpus"))
+    edited.data.sources.corpus.weight = 0.0
+    assert config.freeze(edited).data.sources == (Source("books", "files", "books/*.txt"),)
+    with pytest.raises(AttributeError):
+        edited.data.sources.more = {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["boks.weight"], "boks.weight: there is no source 'boks' but corpus; a new one needs data.sources.boks.kind and"),
+        (["corpus.paht"], "data.sources.corpus.paht is not a setting; nearest: data.sources.corpus.path"),
+        (["my-books.kind"], "my-books.kind: the name of a source must be of letters, digits and _"),
+        (["books"], "data.sources.books is not a setting"),
+    ],
+)  # fmt: skip
+def test_what_is_no_source_is_not_added(settings, message):
+    edited = config.edit(Run())
+    with pytest.raises(ValueError, match=message):
+        config.add_sources(edited, settings)
+    assert config.freeze(edited) == Run()
+
+
 def test_how_a_run_is_carried_out_may_change():
     old = Run()
     new = dataclasses.replace(

@@ -112,8 +112,15 @@ def _identity(meta: rows.Meta) -> dict:
 
 
 def _open_rows(of: config.Source, data: config.Data) -> rows.Store:
+    place, folder = f"data.sources.{of.name}", os.path.abspath(os.path.expanduser(of.path))
+    if not os.path.isdir(folder):
+        raise ValueError(
+            f"{place}.path={of.path!r}: there is no such folder of rows; rows are made on the way from "
+            f"text: --config.{place}.kind=files --config.{place}.path='FOLDER/*.jsonl'; "
+            f"--config.{place}.weight=0 leaves the source out"
+        )
     try:
-        store = rows.load(os.path.abspath(os.path.expanduser(of.path)))
+        store = rows.load(folder)
     except ValueError as error:
         raise ValueError(f"data.sources.{of.name}.path={of.path!r}: {error}") from error
     if store.meta.seq_len != data.seq_len:

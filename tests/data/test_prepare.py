@@ -149,6 +149,11 @@ def test_rows_made_before_are_a_source_and_must_fit(tmp_path):
         r"data.seq_len=9 but the rows of data.sources.made .* predict 13 .*; set .*=13", seq_len=9
     )
     message(r"data.packing='best_fit' has no effect on the rows of .*made", packing="best_fit")
+    message(
+        r"data.sources.gone.path='rows/gone': there is no such folder of rows; .* from text: "
+        r"--config.data.sources.gone.kind=files --config.data.sources.gone.path=",
+        sources=(config.Source("gone", "rows", "rows/gone"),),
+    )
     message(r"vocab_size=777 but the tokenizer \(.*made/tokenizer.model\) has 290", 777)
     byte = config.Tokenizer("byte")
     message(

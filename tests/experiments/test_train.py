@@ -204,6 +204,33 @@ def test_the_audit_lists_every_row_once_an_epoch(tmp_path):
     assert len(set(rows)) == len(rows) == 48
 
 
+def test_a_source_of_the_command_line_is_mixed_in_and_reported_by_itself(tmp_path):
+    (tmp_path / "digits.txt").write_text("".join(f"{i * 7919:08d}\n" for i in range(3000)))
+    args = helpers.arguments(
+        tmp_path,
+        "--config.train.steps=4",
+        "--config.checkpoint.every=100",
+        "--config.data.sources.digits.kind=files",
+        f"--config.data.sources.digits.path={tmp_path / 'digits.txt'}",
+        "--config.data.sources.digits.weight=3",
+    )
+    done = helpers.run("train", *args)
+    assert done.returncode == 0, done.stderr
+    row = metrics.read(tmp_path / "run" / "metrics.jsonl")[-1]
+    card = json.loads((tmp_path / "run" / "runcard.json").read_text())
+    for name in ("validation_loss", "validation_bits_per_byte"):
+        each = [row[f"{name}/{source}"] for source in ("corpus", "digits")]
+        assert row[name] == pytest.approx(sum(each) / 2)
+        assert each[0] != each[1]
+        assert card["results"][f"{name}/digits"] == each[1]
+    assert card["epochs"]["digits"] > card["epochs"]["corpus"] > 0
+    end = done.stdout[done.stdout.rindex("nats/token") :].splitlines()
+    assert [line.split()[0] for line in end[1:10:3]] == ["validation", "unigram", "bigram"]
+    assert end[3].split() == [
+        "digits", f"{row['validation_loss/digits']:.4f}", f"{row['validation_bits_per_byte/digits']:.4f}",
+    ]  # fmt: skip
+
+
 def test_another_runs_workdir_is_refused_with_the_difference(reference):
     args = helpers.arguments(
         reference[0], f"--config.train.steps={STEPS}", "--config.model.ffn_dim=48"
@@ -243,6 +270,7 @@ ERRORS = {
     "heads": (["--config.model.kv_heads=3"], 1, "model.kv_heads=3 must divide model.heads=4; try 1, 2 or 4"),
     "vocabulary": (["--config.model.vocab_size=300"], 1, "model.vocab_size=300 but the tokenizer (byte) has 259"),
     "no corpus": (["--config.data.sources.corpus.path=/nowhere/*.txt"], 1, "/nowhere/*.txt"),
+    "source": (["--config.data.sources.boks.weight=2"], 2, "there is no source 'boks' but corpus; a new one needs"),
     "choice": (["--config.optim.name=adamm"], 1, "optim.name='adamm' is not one of adamw, lion, adafactor, muon; nearest: 'adamw'"),
     "argument": (["stray"], 2, "unexpected argument 'stray'"),
 }  # fmt: skip
