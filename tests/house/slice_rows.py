@@ -90,13 +90,15 @@ def main() -> None:
             size = laid_out.train.batch_size
             store = SimpleNamespace(train=Rows(size), validation=Rows(size))
             tokenizer = SimpleNamespace(bos=-1)
-            prepared = SimpleNamespace(sources=[SimpleNamespace(store=store)], tokenizer=tokenizer)
+            prepared = SimpleNamespace(
+                sources=[SimpleNamespace(name="text", store=store)], tokenizer=tokenizer
+            )
 
             def train(host, run=laid_out, prepared=prepared, size=size):
                 return iterator.loader(run, prepared, host.host_rows(size))(0).batch.tokens_BT
 
             def held_out(host, run=laid_out, prepared=prepared):
-                return next(iterator.validation(run, prepared, host)).tokens_BT
+                return next(iterator.validation(run, prepared, host)).batch.tokens_BT
 
             answer["layouts"] += 1
             answer["hosts"] += slice_.hosts
