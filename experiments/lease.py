@@ -70,7 +70,9 @@ class Lease:
         return self._renew() or self._other
 
     def check(self) -> None:
-        """Held if another process has taken the workdir over: this one was stopped for so long."""
+        """Held if another process has taken over what this one held: it was stopped for so long."""
+        if self._thread is None:  # of a host that is not the first
+            return
         if time.time() - self._written > EXPIRY_SECONDS / 2:
             with contextlib.suppress(OSError):
                 self._renew()

@@ -137,6 +137,17 @@ def test_a_process_that_was_stopped_for_so_long_that_another_took_over_ends(tmp_
     assert said(tmp_path)["host"] == "far"
 
 
+def test_hosts_that_do_not_hold_the_lease_leave_it_alone(tmp_path):
+    """Of several hosts the first one holds it; all of them save."""
+    first, second = lease.Lease(tmp_path), lease.Lease(tmp_path)
+    first.take()
+    second.check()
+    second.release()
+    first.check()
+    assert said(tmp_path)["id"] == first._me["id"]
+    first.release()
+
+
 def test_a_disk_that_is_full_for_a_while_loses_no_lease(tmp_path, monkeypatch):
     held = lease.Lease(tmp_path)
     held.take()
