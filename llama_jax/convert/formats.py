@@ -7,8 +7,8 @@ from pathlib import Path
 
 from llama_jax import config
 from llama_jax.convert import hf, llama2c, meta, native
-from llama_jax.convert.source import Source, Tokenizer, tokenizer_of
-from llama_jax.tokenizer import base
+from llama_jax.convert.source import Source, Tokenizer, naming, tokenizer_of
+from llama_jax.tokenizer import base, hf_added
 from llama_jax.tokenizer.hf import hf_json_to_ranks
 from llama_jax.tokenizer.llama2c import llama2c_to_sp
 
@@ -25,11 +25,27 @@ def open_checkpoint(path: Path, kind: str, tokenizer_file: str) -> Source:
             f"{', '.join(file.name for file in source.files[:8])}; give it a folder of its own"
         )
     if source.tokenizer is not None:
+        if tokenizer_file or source.format == "hf":
+            source = _extended(source, tokenizer_file)
         check_ids(loaded(source.tokenizer), source.model)
     if tokenizer_file:  # another one's files must not go along with it
         kept = {name: text for name, text in source.carried.items() if name not in hf.TOKENIZER}
         source = dataclasses.replace(source, carried=kept)
     return source
+
+
+def _extended(source: Source, tokenizer_file: str) -> Source:
+    """With the additions to its tokenizer that the small files beside the tokenizer's file tell."""
+    files, place = source.carried, source.files[0].parent
+    if tokenizer_file:
+        place = Path(tokenizer_file).expanduser().parent
+        beside = [place / name for name in hf_added.FILES]
+        files = {file.name: file.read_bytes() for file in beside if file.is_file()}
+    with naming(place):
+        own = loaded(source.tokenizer)
+        additions, notes = hf_added.read(files, own, source.model.vocab_size)
+    tokenizer = dataclasses.replace(source.tokenizer, additions=additions)
+    return dataclasses.replace(source, tokenizer=tokenizer, notes=(*source.notes, *notes))
 
 
 def detect(path: Path) -> str:
@@ -127,7 +143,7 @@ def loaded(tokenizer: Tokenizer) -> base.Tokenizer:
         file.write(tokenizer.content)
         file.flush()
         path = "" if tokenizer.kind == "byte" else file.name
-        return base.load(config.Tokenizer(tokenizer.kind, path))
+        return base.load(config.Tokenizer(tokenizer.kind, path), tokenizer.additions)
 
 
 FORMATS: dict[str, Callable[[Path, str], Source]] = {

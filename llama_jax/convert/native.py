@@ -5,6 +5,7 @@ of the parameter tree, layers stacked, arrays in pieces of at most BLOCK_BYTES s
 its devices hold), the tokenizer's file, and `huggingface/` when small files came with it.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from llama_jax.convert.source import Source, Tokenizer, tokenizer_of
 from llama_jax.model import transformer
 from llama_jax.model.quantised import Quantised, check_blocks, spread
 from llama_jax.model.transformer import Transformer
+from llama_jax.tokenizer.added import NONE, Additions
+from llama_jax.tokenizer.special import AddedToken
 
 MODEL, PARAMS, TOKENIZER, CARRIED = "model.json", "params", "tokenizer.model", "huggingface"
-QUANT = "quant"  # of model.json
+QUANT, ADDITIONS = "quant", "tokenizer_additions"  # of model.json
 _TOKENIZERS = ("byte", "sp", "bpe", "none")
 
 
@@ -42,15 +45,22 @@ def settings(folder: Path) -> tuple[config.Model, int, Tokenizer | None]:
             model = config.from_dict(said["model"], config.Model, "model")
             context = json_file.value(said, "context", int, folder / MODEL)
             bytewise = config.choose(_TOKENIZERS, said["tokenizer"], "tokenizer") == "byte"
+            additions = _additions(said[ADDITIONS]) if ADDITIONS in said else NONE
         else:
-            run = config.from_dict(json_file.read(folder / "run.json"))
+            run, additions = config.from_dict(json_file.read(folder / "run.json")), NONE
             model = run.model
             context, bytewise = run.data.seq_len, run.data.tokenizer.kind == "byte"
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder}: its settings cannot be read ({error})") from error
     if (folder / TOKENIZER).is_file():
-        return model, context, tokenizer_of((folder / TOKENIZER).read_bytes())
+        own = tokenizer_of((folder / TOKENIZER).read_bytes())
+        return model, context, dataclasses.replace(own, additions=additions)
     return model, context, Tokenizer("byte") if bytewise else None
+
+
+def _additions(said: dict[str, Any]) -> Additions:
+    tokens = tuple(AddedToken(**token) for token in said["tokens"])
+    return Additions(**{**said, "tokens": tokens})
 
 
 def description(
@@ -58,8 +68,11 @@ def description(
 ) -> dict[str, Any]:
     """What model.json says. origin: the format and the files that the weights came from."""
     kind = tokenizer.kind if tokenizer else "none"
+    added = {}
+    if tokenizer and tokenizer.additions != NONE:
+        added = {ADDITIONS: dataclasses.asdict(tokenizer.additions)}
     return {
-        "model": config.to_dict(model), "context": context, "tokenizer": kind, "from": origin,
+        "model": config.to_dict(model), "context": context, "tokenizer": kind, **added, "from": origin,
     }  # fmt: skip
 
 

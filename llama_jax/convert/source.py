@@ -10,14 +10,16 @@ import numpy as np
 
 from llama_jax import config
 from llama_jax.convert.names import Unit
+from llama_jax.tokenizer.added import NONE, Additions
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """kind "sp" or "bpe" and the content of its model file; "byte" has none."""
+    """kind "sp" or "bpe" and the content of its model file; "byte" has none. What a checkpoint adds to it."""
 
     kind: str
     content: bytes = b""
+    additions: Additions = NONE
 
 
 @dataclasses.dataclass(frozen=True)

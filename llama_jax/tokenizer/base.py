@@ -7,21 +7,31 @@ import numpy as np
 
 from llama_jax import config
 from llama_jax.tokenizer import bpe, byte, sp
+from llama_jax.tokenizer.added import NONE, Additions, Extended
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. A lone surrogate in a text is a ValueError."""
+    """Text to ids and back. A lone surrogate in a text is a ValueError.
+
+    A network may have more ids than its tokenizer: those without a token decode to nothing.
+    """
 
     vocab_size: int
     bos: int
     eos: int
     pad: int
-    fingerprint: str  # two tokenizers with one fingerprint give the same ids
-    special: dict[str, int]  # name -> id of the tokens that no ordinary text becomes
+    prefix: tuple[int, ...]  # what a text given to the network begins with: (bos,), or nothing
+    fingerprint: str  # two tokenizers with one fingerprint give texts the same ids
+    special: dict[str, int]  # name -> id: tokens that have a name, special ones and added ones
+    user_defined: frozenset[int]  # those of `special` that ordinary text becomes, too
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of the text. Names of special tokens are text too, unless `special` asks for them:
         then what stands between them is encoded as texts of their own."""
+        ...
+
+    def encode_inner(self, text: str) -> list[int]:
+        """Ids of a text that goes on from another: without the space that SentencePiece puts first."""
         ...
 
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
@@ -31,16 +41,17 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token adds to the UTF-8 of a text; half a character, maybe."""
+        """What an id adds to the UTF-8 of a text; half a character, maybe, or nothing."""
         ...
 
 
 def byte_counts(tokenizer: Tokenizer) -> np.ndarray:
     """Bytes of UTF-8 that each id adds to a text, [2, V]: inside it, and as its first token.
 
-    Special tokens are no text. SentencePiece puts a space before a text, which is not the text's own.
+    Special tokens are no text, user-defined ones are. SentencePiece puts a space before a text, which
+    is not the text's own.
     """
-    special = set(tokenizer.special.values())
+    special = set(tokenizer.special.values()) - tokenizer.user_defined
     counts_2V = np.zeros((2, tokenizer.vocab_size), np.int64)
     for token in range(tokenizer.vocab_size):
         if token in special:
@@ -54,9 +65,13 @@ def byte_counts(tokenizer: Tokenizer) -> np.ndarray:
     return counts_2V
 
 
-def load(tokenizer: config.Tokenizer) -> Tokenizer:
-    """The tokenizer that the config names; ValueError on a file that is missing or is not one."""
-    return config.choose(KINDS, tokenizer.kind, "data.tokenizer.kind")(tokenizer.path)
+def load(tokenizer: config.Tokenizer, additions: Additions = NONE) -> Tokenizer:
+    """The tokenizer that the config names, with what a checkpoint adds to it.
+
+    ValueError on a file that is missing or is not one.
+    """
+    own = config.choose(KINDS, tokenizer.kind, "data.tokenizer.kind")(tokenizer.path)
+    return own if additions == NONE else Extended(own, additions)
 
 
 KINDS = {"byte": lambda path: byte.Byte(), "sp": sp.load, "bpe": bpe.load}

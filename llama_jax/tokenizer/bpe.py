@@ -59,6 +59,7 @@ class Bpe:
         self.bos = self.special["<|begin_of_text|>"]
         self.eos = self.special["<|end_of_text|>"]
         self.pad = self.special["<|finetune_right_pad_id|>"]
+        self.prefix, self.user_defined = (self.bos,), frozenset()
         self.fingerprint = fingerprint
 
     def encode(self, text: str, special: bool = False) -> list[int]:
@@ -67,6 +68,9 @@ class Bpe:
             return names.encode(self, text)
         parts = map(self._encoding.encode_ordinary, _parts(text))
         return list(itertools.chain.from_iterable(parts))
+
+    def encode_inner(self, text: str) -> list[int]:
+        return self.encode(text)
 
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
         with futures.ThreadPoolExecutor(threads) as pool:
@@ -79,9 +83,11 @@ class Bpe:
         return np.concatenate([np.empty(0, np.uint32), *parts]).astype(np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._encoding.decode([int(i) for i in ids])
+        return self._encoding.decode([int(i) for i in ids if i < self.vocab_size])
 
     def token_bytes(self, token: int) -> bytes:
+        if token >= self.vocab_size:
+            return b""
         return self._encoding.decode_single_token_bytes(int(token))
 
 

@@ -16,10 +16,14 @@ class Byte:
     bos, eos, pad = 256, 257, 258
     fingerprint = "byte-259"
     special: ClassVar = {"<bos>": bos, "<eos>": eos, "<pad>": pad}
+    prefix, user_defined = (bos,), frozenset()
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         surrogate.refuse(text)
         return names.encode(self, text) if special else list(text.encode())
+
+    def encode_inner(self, text: str) -> list[int]:
+        return self.encode(text)
 
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
         for text in texts:

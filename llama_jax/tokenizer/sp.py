@@ -4,6 +4,7 @@ The settings are the trainer_spec and normalizer_spec stored in Meta's published
 (the same file for LLaMA 1 and Llama 2); arXiv:2302.13971 section 2.1 names digits and bytes.
 """
 
+import functools
 import hashlib
 import io
 import os
@@ -34,8 +35,12 @@ class SentencePiece:
         self.bos, self.eos = processor.bos_id(), processor.eos_id()
         self.pad = processor.pad_id() if processor.pad_id() >= 0 else self.eos
         self.fingerprint = _fingerprint(processor)
-        controls = [i for i in range(self.vocab_size) if processor.is_control(i)]
-        self.special = {processor.id_to_piece(i): i for i in controls}
+        self.prefix = (self.bos,)
+        ids = range(self.vocab_size)
+        self.user_defined = _user_defined(processor)
+        controls = [i for i in ids if processor.is_control(i)]
+        named = sorted([*controls, *self.user_defined])
+        self.special = {processor.id_to_piece(i): i for i in named}
         # A newline that is a byte piece never merges with its neighbours, so that a text may be cut
         # behind it: `encode("\n" + rest)` without the newline's own ids continues exactly.
         newline = processor.encode("\n")
@@ -55,6 +60,21 @@ class SentencePiece:
             return self.encode_batch([text], 1)[0].tolist()
         return self._processor.encode(text)
 
+    def encode_inner(self, text: str) -> list[int]:
+        surrogate.refuse(text)
+        return self._inner.encode(text)
+
+    @functools.cached_property
+    def _inner(self):
+        """The model without its space before a text."""
+        import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2 as proto
+
+        model = proto.ModelProto()
+        model.ParseFromString(self._processor.serialized_model_proto())
+        model.normalizer_spec.add_dummy_prefix = False
+        return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
         parts: list[str] = []
         skips: list[
@@ -72,10 +92,12 @@ class SentencePiece:
         ]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._processor.decode([int(i) for i in ids])
+        return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
 
     def token_bytes(self, token: int) -> bytes:
         processor, token = self._processor, int(token)
+        if token >= self.vocab_size:
+            return b""
         piece = processor.id_to_piece(token)
         if processor.is_byte(token):
             return bytes([int(piece[1:-1], 16)])
@@ -236,6 +258,15 @@ def _no_model(path: str, content: bytes) -> str:
     return (
         f"data.tokenizer.path={path!r} ({len(content)} bytes) is not a SentencePiece model; {hint}"
     )
+
+
+def _user_defined(processor) -> frozenset[int]:
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    model = proto.ModelProto()
+    model.ParseFromString(processor.serialized_model_proto())
+    kind = proto.ModelProto.SentencePiece.USER_DEFINED
+    return frozenset(i for i, piece in enumerate(model.pieces) if piece.type == kind)
 
 
 def _fingerprint(processor) -> str:
