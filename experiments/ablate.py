@@ -228,6 +228,11 @@ def make(study, found, workdir) -> report.Report:
 def write(study, found, workdir) -> int:
     header, body = report.results(make(study, found, workdir))
     rows = [header, *body]
+    if not report.concludes(study):
+        print(report.QUICK)
+    print(
+        f"losses are of {study.rows} held-out rows, those of the curves of {study.base.eval.rows}"
+    )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print(

@@ -27,6 +27,7 @@ class Overview:
             path = record.folder(workdir, cell, seed) / "metrics.jsonl"
             if path.exists() and (rows := read(path)):
                 self._rows[cell.name, seed] = rows[-1]
+        self._scores: dict[tuple[str, int], float] = {}
         self._took: list[float] = []  # seconds of each run that this session finished
         self._began = self._said = time.monotonic()
         self._terminal = Console(stderr=True)
@@ -51,11 +52,11 @@ class Overview:
         self._now = None
         row = self._rows.get((cell.name, seed), {})
         done = sum(self._state(*run) == "done" for run in self._runs)
-        if "validation_loss" in row and self._state(cell, seed) == "done":
+        if row and self._state(cell, seed) == "done":
             self._took.append(time.monotonic() - self._began)
-            said = (
-                f"validation {row['validation_loss']:.4f} in {row['seconds']:.0f} s{self._left()}"
-            )
+            # The loss that the report averages, not that of the fewer rows of the curve.
+            loss = self._scored(cell, seed)
+            said = f"loss {loss:.4f} after {row['seconds']:.0f} s of training{self._left()}"
             self._say(f"[{done}/{len(self._runs)}] {cell.name}, seed {seed}: {said}")
         self._show()
 
@@ -89,6 +90,13 @@ class Overview:
             return "running"
         return record.state(record.folder(self._workdir, cell, seed))
 
+    def _scored(self, cell: Cell, seed: int) -> float:
+        """Nats a token of a finished run on the rows that results are of."""
+        if (cell.name, seed) not in self._scores:
+            scores = record.read_scores(record.folder(self._workdir, cell, seed))
+            self._scores[cell.name, seed] = float(scores[1].row_R.mean())
+        return self._scores[cell.name, seed]
+
     def _left(self) -> str:
         """Of the whole study, were this process alone; "" before a run has shown how long one takes."""
         runs = sum(self._state(*run) != "done" for run in self._runs)
@@ -114,7 +122,7 @@ class Overview:
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False, caption=self._left().removeprefix("; "))
-        for name in ("run", "state", "step", "loss", "validation", "ETA"):
+        for name in ("run", "state", "step", "training loss", "curve", "loss", "ETA"):
             table.add_column(name, justify="left" if name in ("run", "state") else "right")
         for cell, seed in self._runs:
             state, row = self._state(cell, seed), self._rows.get((cell.name, seed), {})
@@ -122,7 +130,8 @@ class Overview:
             left = tqdm.format_interval(row["eta_seconds"]) if state == "running" and row else ""
             table.add_row(
                 *(f"{cell.name} seed {seed}", state, f"{row.get('step', '')}"),
-                *(number("loss"), number("validation_loss"), left),
+                *(number("loss"), number("validation_loss")),
+                *(f"{self._scored(cell, seed):.4f}" if state == "done" else "", left),
                 style=STYLES.get(state, "dim"),
             )
         return table

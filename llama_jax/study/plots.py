@@ -14,8 +14,8 @@ from llama_jax.study.table import Row
 LINES = ("-", "--", "-.", ":")
 
 
-def all_of(results: list[Results], rows: list[Row], seq_len: int) -> dict[str, str]:
-    """Caption -> SVG; those that have something to show."""
+def all_of(results: list[Results], rows: list[Row], seq_len: int, tested: bool) -> dict[str, str]:
+    """Caption -> SVG; those that have something to show. Differences only where they are tested."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -35,7 +35,7 @@ def all_of(results: list[Results], rows: list[Row], seq_len: int) -> dict[str, s
             lambda axes: _curves(axes, done, styles, "seconds", "seconds in training steps")
         ),
     }
-    if any(not math.isnan(row.difference.low) for row in rows[1:]):
+    if tested and any(not math.isnan(row.difference.low) for row in rows[1:]):
         found["Final loss less the base's: paired, with 95% intervals, before any correction."] = (
             _figure(lambda axes: _differences(axes, rows), height=1.2 + 0.45 * len(rows))
         )

@@ -14,6 +14,11 @@ from llama_jax.study.schema import Study
 from llama_jax.study.statistics import Estimate
 from llama_jax.study.table import Row
 
+QUICK = (
+    "A quick look (preset 'quick'): it shows that everything works. Its runs are too short and too few to "
+    "conclude anything from, so that nothing is tested and no cell is called better or worse."
+)
+
 
 class Report(NamedTuple):
     title: str
@@ -31,8 +36,10 @@ def write(
     title: str, study: Study, results: list[Results], commands: list[str], folder: Path
 ) -> Report:
     rows = table.rows(results, study.lengths, study.block)
+    if concludes(study):
+        rows = table.ranked(rows)
     report = Report(title, study, results, rows, commands)
-    pictures = plots.all_of(results, rows, study.base.data.seq_len)
+    pictures = plots.all_of(results, rows, study.base.data.seq_len, concludes(study))
     for name, text in {
         "report.md": markdown(report),
         "report.tex": latex(report),
@@ -41,6 +48,11 @@ def write(
     }.items():
         files.write(folder / name, text)
     return report
+
+
+def concludes(study: Study) -> bool:
+    """Whether differences are tested. Runs of preset "quick" are too short to say anything of longer ones."""
+    return study.preset != "quick"
 
 
 def sentences(report: Report) -> list[str]:
@@ -60,7 +72,13 @@ def sentences(report: Report) -> list[str]:
         )
     rows = max((one.losses().shape[1] for one in report.results if one.runs), default=0)
     several = len(run.data.sources)
-    said = [
+    said = [] if concludes(study) else [QUICK]
+    tested = (
+        f"; p values of the paired differences are Holm's, over {len(report.rows) - 1} comparisons with "
+        f"{report.rows[0].name}; significant: below {table.ALPHA}. What other text, other sizes or longer "
+        "training would show, they do not say."
+    )
+    said += [
         f"Every run trains on {_range(tokens)} tokens in {_range(steps)} steps, rows of "
         f"{run.data.seq_len}. "
         f"Of a seed all cells see the same text in the same order and begin with the same numbers "
@@ -68,10 +86,8 @@ def sentences(report: Report) -> list[str]:
         f"Losses are means over {study.seeds} seed{'s' * (study.seeds > 1)} and {rows:,} held-out rows"
         f"{f', as many of each of {several} sources,' if several > 1 else ''} in "
         f"blocks of {study.block} that lie together, nats a token. Intervals are 95%, each by itself, by "
-        f"drawing seeds and blocks anew, with Student's t for so few seeds; p values of the paired "
-        f"differences are Holm's, over {len(report.rows) - 1} comparisons with {report.rows[0].name}; "
-        f"significant: below {table.ALPHA}. What other text, other sizes or longer training would show, "
-        "they do not say.",
+        "drawing seeds and blocks anew, with Student's t for so few seeds"
+        + (tested if concludes(study) else "."),
         f"Curves are of at most {run.eval.rows:,} held-out rows. Losses at equal tokens, FLOPs and time are "
         "read off them where the cell that needs least had finished; the learning rate of the others had not "
         "yet fallen as far, which this does not make up for. GiB is what the formula counts of one device's "
@@ -85,11 +101,12 @@ def sentences(report: Report) -> list[str]:
 
 
 def results(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the main table."""
+    """Header and rows of the main table; no tests and verdicts of a quick study."""
     header = ["cell", "seeds", "loss", "less the base", "p", "verdict"]
+    header = header if concludes(report.study) else header[:4]
     base, *others = report.rows
     seeds = lambda row: f"{row.seeds} of {report.study.seeds}"  # noqa: E731
-    return header, [
+    rows = [
         [base.name, seeds(base), _interval(base.loss), "the base", "", ""],
         *(
             [
@@ -103,6 +120,7 @@ def results(report: Report) -> tuple[list[str], list[list[str]]]:
             for row in others
         ),
     ]
+    return header, [row[: len(header)] for row in rows]
 
 
 def costs(report: Report) -> tuple[list[str], list[list[str]]]:
@@ -182,7 +200,9 @@ def latex(report: Report) -> str:
     lines = [" & ".join(map(_tex, row)) + r" \\" for row in (header, *rows)]
     body = "\n".join([lines[0], r"\midrule", *lines[1:]])
     return (
-        "\\begin{tabular}{llllll}\n\\toprule\n" + body + "\n\\bottomrule\n\\end{tabular}\n"
+        f"\\begin{{tabular}}{{{'l' * len(header)}}}\n\\toprule\n"
+        + body
+        + "\n\\bottomrule\n\\end{tabular}\n"
         "% " + "\n% ".join(sentences(report)) + "\n"
     )
 

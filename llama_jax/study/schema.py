@@ -3,7 +3,7 @@
 base   a run, as its page makes it
 axes   {"position": {"rope": {"model": {"position": "rope"}}, "alibi": {"model": {"position": "alibi"}}}}:
        for each choice of an axis its settings; of every axis one choice, the base's own, is as the base is
-quick  what `preset` "quick" changes in all this, for a first look
+quick  what `preset` "quick" changes in all this, for a first look, from which nothing is concluded
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from llama_jax import config
 GRIDS = ("one_at_a_time", "full", "listed")
 BLOCK = 8  # rows, at least
 MATCHES = ("nothing", "parameters", "flops")
+PRESETS = ("full", "quick")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +48,10 @@ class Study:
     match: str = "nothing"  # of the base's, by model.ffn_dim: "parameters", or "flops" a token
     rows: int = 1024  # held-out rows that the results are scored on; eval.rows are for the curves
     lengths: tuple[int, ...] = (1,)  # multiples of data.seq_len in which those rows are read
+    preset: str = "full"  # "quick": as the config file's `quick` says; its report has no verdicts
 
     def __post_init__(self):
+        config.choose(PRESETS, self.preset, "preset")
         config.choose(GRIDS, self.grid, "grid")
         config.choose(MATCHES, self.match, "match")
         if self.seeds < 1:
@@ -102,16 +105,15 @@ def edit(
         for field in dataclasses.fields(Study)
         if field.default is not dataclasses.MISSING
     }
-    values = {**usual, **settings, "preset": "full"}
-    plain = {"base": base.to_dict(), "axes": axes, "quick": quick, **values}
+    plain = {"base": base.to_dict(), "axes": axes, "quick": quick, **usual, **settings}
     return ml_collections.ConfigDict(plain).lock()
 
 
 def freeze(edited: ml_collections.ConfigDict, overridden: Collection[str] = ()) -> Study:
     """The contract of an edited study; `overridden` from the command line stand above preset "quick"."""
     values = edited.to_dict()
-    preset, quick = values.pop("preset"), values.pop("quick")
-    if config.choose(("full", "quick"), preset, "preset") == "quick":
+    quick = values.pop("quick")
+    if values["preset"] == "quick":
         for place, value in _flat(quick):
             if place not in overridden:
                 _set(values, place, value, "quick")
@@ -135,7 +137,7 @@ def to_dict(study: Study) -> dict[str, Any]:
 def settings() -> list[str]:
     """Places in the editing form, those of axes left out."""
     own = [field.name for field in dataclasses.fields(Study) if field.name not in ("base", "axes")]
-    return ["preset", *own, *(f"base.{place}" for place in config.flatten(config.Run()))]
+    return [*own, *(f"base.{place}" for place in config.flatten(config.Run()))]
 
 
 def changed(run: config.Run, changes: tuple[tuple[str, Any], ...], place: str) -> config.Run:

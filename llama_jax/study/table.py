@@ -1,4 +1,4 @@
-"""The figures of a study: one row a cell, the base first, the others from the lowest loss."""
+"""The figures of a study: one row a cell, the base first."""
 
 import dataclasses
 import functools
@@ -56,7 +56,7 @@ def rows(results: list[Results], lengths: tuple[int, ...], block: int) -> list[R
     estimate = functools.partial(_estimate, block=block)
     differences = [estimate(_paired(base, one)) for one in results]
     corrected = [math.nan, *statistics.holm([one.p for one in differences[1:]])]
-    made = [
+    return [
         Row(
             name=one.cell.name,
             seeds=len(one.runs),
@@ -75,8 +75,12 @@ def rows(results: list[Results], lengths: tuple[int, ...], block: int) -> list[R
         )
         for one, of, p in zip(results, differences, corrected, strict=True)
     ]
+
+
+def ranked(rows: list[Row]) -> list[Row]:
+    """The base first, the others from the lowest loss."""
     worst_last = lambda row: (math.isnan(row.loss.mean), row.loss.mean)  # noqa: E731
-    return [made[0], *sorted(made[1:], key=worst_last)]
+    return [rows[0], *sorted(rows[1:], key=worst_last)]
 
 
 def _paired(base: Results, other: Results) -> np.ndarray:

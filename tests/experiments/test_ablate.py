@@ -67,9 +67,11 @@ def test_the_report_says_what_the_files_say(study):
         scores = record.read_scores(folder)
         assert float(row["loss_at_1x"]) == pytest.approx(scores[1].row_R.mean(), rel=1e-6)
         card = json.loads((folder / "runcard.json").read_text())
-        # Of blocks over the whole split, and of its first rows: near each other, the text is alike.
+        # Of blocks of the split, and of single rows of it: near each other, the text is alike.
         assert scores[1].row_R.mean() == pytest.approx(card["results"]["validation_loss"], rel=0.02)
         assert card["command"].endswith(f"--only={folder.name}")
+        line = f"{row['cell']}, seed {row['seed']}: loss {float(row['loss_at_1x']):.4f} after "
+        assert line in done.stdout, "what is printed is what the report averages"
     learned = next(row for row in rows if row["cell"] == "learned")
     assert learned["loss_at_8x"] == "nan", "its table ends with the trained length"
     losses = {
@@ -81,6 +83,7 @@ def test_the_report_says_what_the_files_say(study):
     line = next(line for line in markdown.splitlines() if line.startswith("| none |"))
     assert float(re.search(r"\| ([+-][\d.]+) \[", line)[1]) == pytest.approx(difference, abs=6e-5)
     assert "in training steps" in done.stdout
+    assert "losses are of 16 held-out rows" in done.stdout
 
 
 def test_the_page_needs_nothing_else_and_shows_every_picture(study):

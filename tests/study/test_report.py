@@ -1,6 +1,8 @@
 """Figures of a study from what its folders hold: results made by hand, of which every number is known."""
 
+import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -140,3 +142,26 @@ def test_the_report_says_what_was_run(study, cells):
                  "at equal FLOPs", "1,001"):  # fmt: skip
         assert part in text, part
         assert part in page, part
+
+
+def test_a_quick_study_names_no_winner(study, cells, tmp_path):
+    """Of results that a full one would call better, with the lowest loss first."""
+    base, other = two(cells)
+    worse = Results(cells[2], [finished(cells[2], s, 2.9 + s / 10, LONG) for s in range(3)], {})
+    found = [base, worse, other]
+    full = report.write("t", study, found, ["c"], tmp_path)
+    assert [row.name for row in full.rows] == ["rope", "alibi", "learned"]
+    assert "better |" in (tmp_path / "report.md").read_text()
+    quick = dataclasses.replace(study, preset="quick")
+    made = report.write("t", quick, found, ["c"], tmp_path)
+    assert [row.name for row in made.rows] == ["rope", "learned", "alibi"], "in their own order"
+    for name in ("report.md", "report.tex", "report.html"):
+        text = (tmp_path / name).read_text()
+        assert "too short and too few to conclude anything" in text
+        text = text.replace("no cell is called better or worse", "").replace(report.STYLE, "")
+        assert not re.search("better|worse|verdict|significant|Holm|p value", text), name
+    assert "-0.2000 [" in (tmp_path / "report.md").read_text()
+    header, rows = report.results(made)
+    assert header == ["cell", "seeds", "loss", "less the base"]
+    assert {len(row) for row in rows} == {4}
+    assert "{llll}" in report.latex(made)
