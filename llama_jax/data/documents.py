@@ -1,6 +1,7 @@
 """The documents in one file, and what can be wrong with it.
 
-Plain text is one document a file; JSON Lines and parquet hold one document a record. A long
+Plain text is one document a file; JSON Lines and parquet hold one document a record. A record whose
+text is null or empty gives an empty document, which who reads them counts and leaves out. A long
 document comes in pieces, so that memory stays bounded whatever the file. Every complaint is a
 ValueError that names the file and the byte offset, line or record.
 """
@@ -43,9 +44,9 @@ def is_plain(path: str) -> bool:
 
 
 def records(path: str, field: str) -> Iterator[str]:
-    """The text of each record of a file of records, empty ones left out."""
+    """The text of each record of a file of records, "" where it has none."""
     try:
-        yield from (text for text in READERS[suffix(path)](path, field) if text)
+        yield from READERS[suffix(path)](path, field)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -108,8 +109,9 @@ def _decoded(path: str, start: int, stop: int) -> Iterator[str]:
                     raise ValueError(
                         f"{path} ends at byte {at} of {stop}: it shrank while being read"
                     )
+                # A byte order mark at the beginning is no text.
+                yield text.removeprefix("\ufeff") if at == 0 else text
                 at += len(block)
-                yield text
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -134,17 +136,26 @@ def json_lines(path: str, field: str) -> Iterator[str]:
     for number, line in enumerate(_lines(path, opener), 1):
         if not line.strip():
             continue
+        where = f"{path} line {number}"
         try:
             record = json.loads(line)
         except UnicodeDecodeError as error:
-            raise ValueError(_not_utf8(f"{path} line {number}", error.start, error)) from error
+            raise ValueError(_not_utf8(where, error.start, error)) from error
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path} line {number} is not JSON: {error.msg} at column {error.colno}"
-            ) from error
+            wrong = f"is not JSON: {error.msg} at column {error.colno}"
+            raise ValueError(f"{where} {wrong}; {_one_a_line(line)}") from error
+        except (ValueError, RecursionError) as error:  # a number of too many digits; deep nesting
+            raise ValueError(f"{where} cannot be read: {error}") from error
         if not isinstance(record, dict):
-            raise ValueError(f"{path} line {number} is {type(record).__name__}, not an object")
-        yield text_of(record, field, f"{path} line {number}")
+            wrong = f"is {type(record).__name__}, not an object"
+            raise ValueError(f"{where} {wrong}; {_one_a_line(line)}")
+        yield text_of(record, field, where)
+
+
+def _one_a_line(line: bytes) -> str:
+    is_array = line.lstrip(b"\xef\xbb\xbf \t\r").startswith(b"[")
+    array = "; jq -c '.[]' makes that of an array" if is_array else ""
+    return f"one record a line is wanted{array}"
 
 
 def parquet(path: str, field: str) -> Iterator[str]:
@@ -160,17 +171,23 @@ def parquet(path: str, field: str) -> Iterator[str]:
             for batch in file.iter_batches(batch_size=1024, columns=[field]):
                 for value in batch.column(0):
                     number += 1
-                    if value.is_valid:
-                        yield text_of({field: value.as_py()}, field, f"{path} record {number}")
+                    where = f"{path} record {number}"
+                    try:
+                        text = value.as_py()
+                    except UnicodeDecodeError as error:  # parquet does not check its strings
+                        raise ValueError(_not_utf8(where, error.start, error)) from error
+                    yield text_of({field: text}, field, where)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is truncated or no parquet file: {error}") from error
 
 
 def text_of(record: dict, field: str, where: str) -> str:
-    """A record's text; bytes, as TFDS and some parquet files have them, are UTF-8."""
+    """A record's text, "" for null; bytes, as TFDS and some parquet files have them, are UTF-8."""
     if field not in record:
         raise ValueError(_no_field(field, record, where))
     text = record[field]
+    if text is None:
+        return ""
     if isinstance(text, bytes):
         try:
             return text.decode()
@@ -225,10 +242,12 @@ def _open_zstd(file: BinaryIO) -> Iterator[bytes]:
     """Frames one after another. zstandard's own reader takes a cut-off frame for the end."""
     import zstandard
 
+    # The window of `zstd --long=31`, the widest; the decoder's own limit is 128 MiB.
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     frame = None
     while block := file.read(BLOCK):
         while block:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            frame = frame or decompressor.decompressobj()
             try:
                 yield frame.decompress(block)
             except zstandard.ZstdError as error:

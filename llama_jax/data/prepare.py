@@ -16,10 +16,11 @@ import numpy as np
 
 from llama_jax import config
 from llama_jax.data import pack, rows, source
+from llama_jax.data.documents import Piece
 from llama_jax.tokenizer import base, sp
 from llama_jax.tokenizer.base import Tokenizer
 
-FORMAT = 1  # of the rows; raise it when the same text gives other rows
+FORMAT = 2  # of the rows; raise it when the same text gives other rows
 CHUNK_CHARS = 1 << 22  # tokenised at a time
 MODEL_FILE = "tokenizer.model"  # beside the rows
 
@@ -194,10 +195,11 @@ def _build(folder: str, text: source.Text, data: config.Data, tokenizer, choice,
                 padding=padding,
                 shards=sizes,
             )
+            empty = f"; {tokenised.empty} without text left out" if tokenised.empty else ""
             report(
                 f"{text.name}: {split}: {tokenised.documents} documents, {tokenised.bytes} bytes, "
                 f"{tokenised.tokens} tokens in {splits[split].rows} rows; "
-                f"{dropped} tokens dropped at the end, {padding} of padding"
+                f"{dropped} tokens dropped at the end, {padding} of padding{empty}"
             )
     if choice.path:
         shutil.copyfile(os.path.expanduser(choice.path), os.path.join(folder, MODEL_FILE))
@@ -216,16 +218,16 @@ def _build(folder: str, text: source.Text, data: config.Data, tokenizer, choice,
 
 
 class _Tokenised:
-    """Pieces of text to ids, with counts of what passed."""
+    """Pieces of text to ids, with counts of what passed. Empty documents are left out."""
 
     def __init__(self, pieces, tokenizer: Tokenizer, progress: Callable[[int], object]):
-        self.documents = self.bytes = self.tokens = 0
+        self.documents = self.empty = self.bytes = self.tokens = 0
         self._pieces, self._tokenizer, self._progress = pieces, tokenizer, progress
         # A piece inside a document is encoded behind a newline, whose ids are then dropped.
         self._newline = tokenizer.encode("\n")
 
     def ids(self) -> Iterator[np.ndarray]:
-        for chunk in _chunks(self._pieces):
+        for chunk in _chunks(self._with_text()):
             texts = [piece.text if piece.first else "\n" + piece.text for piece in chunk]
             encoded = self._tokenizer.encode_batch(texts, os.cpu_count())
             for piece, ids in zip(chunk, encoded, strict=True):
@@ -240,6 +242,13 @@ class _Tokenised:
             size = sum(len(piece.text.encode()) for piece in chunk)
             self.bytes += size
             self._progress(size)
+
+    def _with_text(self) -> Iterator[Piece]:
+        for piece in self._pieces:
+            if piece.text:
+                yield piece
+            else:
+                self.empty += 1
 
 
 def _chunks(pieces) -> Iterator[list]:
@@ -265,11 +274,12 @@ class _Returning:
 
 
 def _too_short(name: str, split: str, tokenised: _Tokenised, data: config.Data) -> str:
+    empty = f" and {tokenised.empty} without text" if tokenised.empty else ""
     advice = "give more text or lower data.seq_len"
     if split == "validation":
         advice += " or raise data.validation_fraction"
     return (
-        f"data.sources.{name}: its {split} split has {tokenised.documents} documents, "
+        f"data.sources.{name}: its {split} split has {tokenised.documents} documents{empty}, "
         f"{tokenised.tokens} tokens, and data.seq_len={data.seq_len} needs at least "
         f"{data.seq_len + 1} for one row; {advice}"
     )

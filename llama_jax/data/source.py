@@ -169,7 +169,7 @@ def _tfds(source: config.Source, fraction: float, cache: str) -> Text:
         for index in range(len(records)):
             where = f"{place} record {index}"
             text = documents.text_of(records[index], source.text_field, where)
-            if text and _record_split(text, fraction) == split:
+            if _record_split(text, fraction) == split:
                 yield from documents.pieces(text)
 
     return Text(source.name, _sha(identity), splits.num_bytes, "", read)

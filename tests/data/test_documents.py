@@ -2,6 +2,7 @@ import gzip
 import json
 import os
 
+import numpy as np
 import pytest
 
 from llama_jax.data import documents
@@ -41,7 +42,7 @@ def zstd(content):
 def test_json_lines_give_one_document_a_record(tmp_path, ending):
     content = lines(*TEXTS, "") + b"\n" + lines("after")[:-1]
     pack = {"gz": gzip.compress, "zst": zstd}.get(ending.split(".")[-1], bytes)
-    assert read(write(tmp_path / f"a.{ending}", pack(content))) == [*TEXTS, "after"]
+    assert read(write(tmp_path / f"a.{ending}", pack(content))) == [*TEXTS, "", "after"]
 
 
 def test_compressed_files_may_have_several_members(tmp_path):
@@ -57,12 +58,63 @@ def test_parquet_gives_one_document_a_record(tmp_path):
 
     table = pyarrow.table({"body": [*TEXTS, None, "", "last"], "n": range(7)})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    assert read(str(tmp_path / "a.parquet"), "body") == [*TEXTS, "last"]
+    assert read(str(tmp_path / "a.parquet"), "body") == [*TEXTS, "", "", "last"]
     with pytest.raises(ValueError, match=r"parquet has no field 'text' but 'body', 'n'; set"):
         read(str(tmp_path / "a.parquet"))
     cut = write(tmp_path / "cut.parquet", (tmp_path / "a.parquet").read_bytes()[:-30])
     with pytest.raises(ValueError, match=r"cut.parquet is truncated or no parquet file"):
         read(cut, "body")
+
+
+def test_null_is_an_empty_text_in_every_kind_of_file(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), tmp_path / "a.parquet")
+    assert read(str(tmp_path / "a.parquet")) == ["a", "", "b"]
+    content = b'{"text": "a"}\n{"text": null}\n{"text": "b"}\n'
+    assert read(write(tmp_path / "a.jsonl", content)) == ["a", "", "b"]
+
+
+def test_parquet_strings_that_are_not_utf8_are_named(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    offsets, text = np.array([0, 2, 4], np.int32), b"ab\xff\xfe"
+    buffers = [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(text)]
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 2, buffers)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet record 2 is not UTF-8 text: byte 0xff at"):
+        read(str(tmp_path / "a.parquet"))
+
+
+def test_zstd_windows_of_any_width_are_read(tmp_path):
+    """`zstd --long=31`; the file is small, but its header asks for a window of 2 GiB."""
+    import zstandard
+
+    for log in (28, 31):
+        wide = zstandard.ZstdCompressionParameters(window_log=log)
+        stream = zstandard.ZstdCompressor(compression_params=wide).compressobj()
+        packed = stream.compress(lines("one", "two")) + stream.flush()
+        assert zstandard.get_frame_parameters(packed).window_size == 1 << log
+        assert read(write(tmp_path / "a.jsonl.zst", packed)) == ["one", "two"]
+
+
+def test_an_array_says_how_records_are_made_of_it(tmp_path):
+    array = "one record a line is wanted; jq -c '.\\[\\]' makes that of an array"
+    for content in (b'[\n {"text": "a"}\n]', b'\xef\xbb\xbf[{"text": "a"}, {"text": "b"}]'):
+        with pytest.raises(ValueError, match=f"a.json line 1 is .*; {array}"):
+            read(write(tmp_path / "a.json", content))
+    with pytest.raises(
+        ValueError, match=r"a.json line 1 is not JSON: .*one record a line is wanted$"
+    ):
+        read(write(tmp_path / "a.json", b'{\n "text": "a"}\n'))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = write(tmp_path / "a.txt", b"\xef\xbb\xbfone \xef\xbb\xbf two\n")
+    assert [piece.text for piece in whole(path)] == ["one \ufeff two\n"]
+    assert read(write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + lines("one"))) == ["one"]
 
 
 def test_wrong_records_are_named_with_their_line(tmp_path):
@@ -73,6 +125,8 @@ def test_wrong_records_are_named_with_their_line(tmp_path):
         b'{"text": "a"}\n{"text": 7}\n': r"line 2: field 'text' is int, not text",
         b'{"text": "a"}\n{"text": "\xff"}\n': r"line 2 is not UTF-8 text: byte 0xff at offset 10",
         b'{"text": "a"}\n{"text": "b"': r"a.jsonl line 2 is not JSON",
+        b'{"text": "a"}\n{"n": ' + b"1" * 5000 + b"}": r"a.jsonl line 2 cannot be read: .* digits",
+        b'{"text": ' + b"[" * 100_000: r"a.jsonl line 1 cannot be read: .* recursion depth",
     }
     for content, message in cases.items():
         with pytest.raises(ValueError, match=message):

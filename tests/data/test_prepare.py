@@ -1,5 +1,6 @@
 import concurrent.futures
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -178,6 +179,26 @@ def test_too_little_text_for_a_row_says_so(tmp_path):
     ):
         prepare.prepare(data, 259, quiet)
     assert os.listdir(tmp_path / "cache/rows") == []
+
+
+def test_records_without_text_are_left_out_and_counted_once(tmp_path):
+    texts = [None if i % 3 == 0 else "" if i % 3 == 1 else f"record {i}" for i in range(300)]
+    lines_of = [json.dumps({"text": text}) + "\n" for text in texts]
+    (tmp_path / "a.jsonl").write_text("".join(lines_of))
+    said = []
+    data = data_of(tmp_path, files(tmp_path, pattern="a.jsonl"), validation_fraction=0.2)
+    prepared = prepare.prepare(data, 259, said.append)
+    splits = prepared.sources[0].store.meta.splits
+    assert splits["train"].documents + splits["validation"].documents == 100
+    assert [line for line in said if "left out" in line] == [
+        line for line in said if line.endswith("; 200 without text left out")
+    ]
+    assert sum("left out" in line for line in said) == 1
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n' * 9)
+    with pytest.raises(
+        ValueError, match="train split has 0 documents and 9 without text, 0 tokens"
+    ):
+        prepare.prepare(data, 259, quiet)
 
 
 def test_best_fit_rows_hold_all_the_text(tmp_path):
