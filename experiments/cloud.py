@@ -1,10 +1,14 @@
-"""The command lines that rent, fill, start and watch machines: pure functions, nothing is run here.
+"""The command lines that rent, fill, start and watch machines, and the rules of the names in them.
 
-TPU slices through gcloud's TPU API, as a queued resource or at once; GPU nodes through SLURM.
+Pure functions, nothing is run here. TPU slices through gcloud's TPU API, as a queued resource or at once; GPU
+nodes through SLURM.
 """
 
 import dataclasses
+import fnmatch
+import re
 import shlex
+from collections.abc import Iterable
 
 from llama_jax.analysis.hardware import GPUS_PER_NODE, Slice
 
@@ -16,12 +20,19 @@ IMAGES = {
     "TPU v6 lite": "v2-alpha-tpuv6e",
     "TPU7x": "v2-alpha-tpu7-ubuntu2404",
 }
-# What the API answers when a slice is no longer ours, and when it is.
-GONE = frozenset({"PREEMPTED", "TERMINATED", "STOPPED", "SUSPENDED", "SUSPENDING"})
+# What the API answers when a slice is no longer ours, and when it is. While it is SUSPENDING, STOPPING or
+# DELETING it cannot be deleted yet.
+GONE = frozenset({"PREEMPTED", "TERMINATED", "STOPPED", "SUSPENDED"})
 READY = frozenset({"READY", "ACTIVE"})
+# In what it answers to a command that will fail again.
+REFUSALS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "INVALID_ARGUMENT")
 
 CODE, SECRETS = "llama_jax", ".llama_jax_env"
-LOG, PROCESS, DONE = "train.log", "train.pid", "train.done"
+LOG, PROCESS, DONE, COMMAND = "train.log", "train.pid", "train.done", "train.command"
+BUCKET = "~/bucket"  # where a bucket is mounted on every host
+GCSFUSE = "3.8.0"  # installed where a host has none
+# Folders that every machine has for itself, and so has what launch rents, empty.
+OWN = ("/tmp", "/var/tmp", "/dev/shm", "/home", "/root")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +45,13 @@ class Rental:
     project: str = ""  # "": gcloud's own setting
     spot: bool = False
     direct: bool = False  # at once or not at all, instead of from the queue
+
+    def __post_init__(self):
+        _check_name(
+            "tpu", self.name, r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", "seven", "start with a letter"
+        )
+        if not re.fullmatch(r"[a-z]+-[a-z]+[0-9]+-[a-z]", self.zone):
+            raise ValueError(f"--zone={self.zone!r} must be a zone, as us-central2-b")
 
     @property
     def nodes(self) -> list[str]:
@@ -95,10 +113,106 @@ class Rental:
         return ["gcloud", "compute", "tpus", kind, verb, *names, *common, "--quiet", *flags]
 
 
+def check_bucket(name: str) -> None:
+    """ValueError unless Cloud Storage takes the name."""
+    if name.startswith("gs://"):
+        raise ValueError(
+            f"--bucket={name!r} must be the name alone; try --bucket={name[5:].split('/')[0]}"
+        )
+    form = r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]"
+    _check_name("bucket", name, form, "my-bucket", "have 3 or more")
+
+
+def _check_name(flag: str, name: str, form: str, example: str, more: str) -> None:
+    if not re.fullmatch(form, name):
+        near = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        near = near if re.fullmatch(form, near) else example
+        raise ValueError(
+            f"--{flag}={name!r} must be small letters, digits and hyphens, at most 63, and {more}; "
+            f"try --{flag}={near}"
+        )
+
+
+def check_workdir(workdir: str, bucket: str, lost: str) -> None:
+    """ValueError unless it is a path that every host sees, and that stays.
+
+    `lost` says what becomes of a folder that a host has for itself; "" if it may be one.
+    """
+    if "://" in workdir:
+        name, _, rest = workdir.partition("://")[2].partition("/")
+        raise ValueError(
+            f"--workdir={workdir!r} must be a path on the hosts; try --bucket={name} "
+            f"--workdir='{BUCKET}/{rest or 'run'}'"
+        )
+    if in_bucket(workdir):
+        if not bucket:
+            raise ValueError(f"--workdir={workdir!r} is in a bucket: name it with --bucket=NAME")
+    elif lost and is_own(workdir):
+        name = workdir.rstrip("/").rpartition("/")[2]
+        raise ValueError(
+            f"--workdir={workdir!r} {lost}; try --bucket=NAME --workdir='{BUCKET}/{name}'"
+        )
+
+
+def in_bucket(path: str) -> bool:
+    return f"{path}/".startswith(f"{BUCKET}/")
+
+
+def is_own(path: str) -> bool:
+    """Whether a machine has this path for itself."""
+    return not path.startswith("/") or f"{path}/".startswith(tuple(f"{folder}/" for folder in OWN))
+
+
+def absent(paths: Iterable[str], copied: list[str], bucket: str) -> list[str]:
+    """Those of the paths that are neither among the copied files nor where only the user can look."""
+    found = lambda path: any(  # noqa: E731
+        name == path or name.startswith(f"{path.rstrip('/')}/") or fnmatch.fnmatch(name, path)
+        for name in copied
+    )
+    return [
+        path
+        for path in paths
+        if is_own(path) and not found(path) and not (bucket and in_bucket(path))
+    ]
+
+
+def object_of(path: str, bucket: str) -> str:
+    """The address in Cloud Storage of a path in the mounted bucket."""
+    return f"gs://{bucket}/{path[len(BUCKET) + 1 :]}"
+
+
+def create_bucket(bucket: str, zone: str) -> list[str]:
+    """One whose folders are renamed at once, as a checkpoint's is when it is finished.
+
+    In a flat bucket a folder is renamed object by object, and one that is interrupted looks complete.
+    """
+    return [
+        *("gcloud", "storage", "buckets", "create", f"gs://{bucket}"),
+        f"--location={zone.rpartition('-')[0]}",
+        *("--uniform-bucket-level-access", "--enable-hierarchical-namespace"),
+    ]
+
+
+def describe_bucket(bucket: str) -> list[str]:
+    """Prints True if its folders are renamed at once."""
+    return [
+        *("gcloud", "storage", "buckets", "describe", f"gs://{bucket}", "--raw"),
+        "--format=value(hierarchicalNamespace.enabled)",
+    ]
+
+
+def list_objects(path: str, bucket: str) -> list[str]:
+    return ["gcloud", "storage", "ls", object_of(path, bucket)]
+
+
 def pack(archive: str) -> str:
     """The working tree as it is, without what git ignores, into one file; a shell pipeline."""
-    files = "git ls-files -z --cached --others --exclude-standard"
-    return f"{files} | tar --null --ignore-failed-read -czf {shlex.quote(archive)} -T -"
+    return f"{listed()} | tar --null --ignore-failed-read -czf {shlex.quote(archive)} -T -"
+
+
+def listed() -> str:
+    """Prints the files that are copied, with a zero byte after each."""
+    return "git ls-files -z --cached --others --exclude-standard"
 
 
 def set_up(bucket: str = "", packages: tuple[str, ...] = ()) -> str:
@@ -112,14 +226,28 @@ def set_up(bucket: str = "", packages: tuple[str, ...] = ()) -> str:
         + shlex.join(["-r", "requirements.txt", "-e", ".[tpu]", *packages]),
     ]
     if bucket:
+        package = f"gcsfuse_{GCSFUSE}_amd64.deb"
+        source = (
+            f"https://github.com/GoogleCloudPlatform/gcsfuse/releases/download/v{GCSFUSE}/{package}"
+        )
         steps += [
-            "{ command -v gcsfuse > /dev/null || { echo 'gcsfuse is not on this host: install it, or leave"
-            " --bucket out' >&2; exit 1; }; }",
-            # A damaged checkpoint is set aside by renaming its folder: of up to so many files.
-            "mkdir -p ~/bucket && { mountpoint -q ~/bucket || gcsfuse --implicit-dirs"
-            f" --rename-dir-limit=200000 {shlex.quote(bucket)} ~/bucket; }}",
+            "{ command -v gcsfuse > /dev/null || { "
+            f"curl -fsSL -o /tmp/{package} {source} && sudo apt-get install -qq -y /tmp/{package}; }}; }}",
+            # The hosts write one folder and must see each other's files at once; on TPU hosts gcsfuse would
+            # keep what it knows of them for ever. A flat bucket's folders are renamed up to so many files.
+            f"mkdir -p {BUCKET} && {{ mountpoint -q {BUCKET} || gcsfuse --implicit-dirs"
+            " --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0"
+            f" --rename-dir-limit=200000 {shlex.quote(bucket)} {BUCKET}; }}",
         ]
     return " && ".join(steps)
+
+
+def stop() -> str:
+    """On each host: end what is left of a run, whose group has the number of the process that was started."""
+    return (
+        f"for signal in TERM KILL; do {_alive()} || break; kill -s $signal -- -$(cat ~/{PROCESS}); "
+        f"for second in $(seq 30); do {_alive()} || break; sleep 1; done; done"
+    )
 
 
 def start(arguments: list[str], code: str, secrets: bool = False) -> str:
@@ -129,24 +257,32 @@ def start(arguments: list[str], code: str, secrets: bool = False) -> str:
     if secrets:
         inner = f"set -a; . ~/{SECRETS}; set +a; {inner}"
     return (
-        f"cd {CODE} && rm -f ~/{DONE} && {{ LLAMA_JAX_CODE={shlex.quote(code)} "
-        f"nohup sh -c {shlex.quote(inner)} > /dev/null 2>&1 < /dev/null & echo $! > ~/{PROCESS}; }}"
+        f"cd {CODE} && rm -f ~/{DONE} && echo {shlex.quote(shlex.join(arguments))} > ~/{COMMAND} && "
+        f"{{ LLAMA_JAX_CODE={shlex.quote(code)} "
+        f"nohup setsid sh -c {shlex.quote(inner)} > /dev/null 2>&1 < /dev/null & echo $! > ~/{PROCESS}; }}"
     )
 
 
-def look(workdir: str, lines: int) -> str:
+def look(workdir: str, lines: int, arguments: list[str]) -> str:
     """On the first host: a word on the run, then the end of its log.
 
-    The word: finished (its results are there), running, an exit code, or - if none was started or the
-    machine has started again since.
+    The word: finished (its results are there), running, other (a run of other arguments is running), an exit
+    code, or - if none was started or the machine has started again since.
     """
     code = f"code=$(cat {DONE} 2> /dev/null)"
     results = f"(cd {CODE} && test -e {shell_path(workdir)}/runcard.json)"
-    alive = f"kill -0 $(cat {PROCESS} 2> /dev/null) 2> /dev/null"
+    same = f'test "$(cat {COMMAND} 2> /dev/null)" = {shlex.quote(shlex.join(arguments))}'
     return (
-        f'{code}; if test "$code" = 0 && {results}; then echo finished; elif test "$code"; then echo $code; '
-        f"elif {alive}; then echo running; else echo -; fi; tail -n {lines} {LOG} 2> /dev/null || true"
+        f'{code}; if test "$code"; then if ! {same}; then echo -; elif test "$code" = 0 && {results}; '
+        f"then echo finished; else echo $code; fi; "
+        f"elif {_alive()}; then if {same}; then echo running; else echo other; fi; else echo -; fi; "
+        f"tail -n {lines} {LOG} 2> /dev/null || true"
     )
+
+
+def _alive() -> str:
+    """Whether the process that was started is there, and not another that has its number by now."""
+    return f"grep -qs experiments.train /proc/$(cat ~/{PROCESS} 2> /dev/null)/cmdline"
 
 
 def shell_path(path: str) -> str:
