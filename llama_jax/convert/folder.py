@@ -29,7 +29,7 @@ def convert(source: Source, to: Path, kind: str, dtype: np.dtype | None, progres
     config.choose(CHECKS, kind, "--format")(source.model)
     place = stage.check(to, source.files, job.is_unfinished)
     dtypes = {name: dtype or own for name, own in source.dtypes.items()}
-    beside = small_files(source, kind, dtypes)
+    beside = small_files(source, kind, dtypes, report)
     _announce_context(source, kind, report)
     with stage.held(place, to):
         # Killed while Orbax took the arrays over: some are moved already, and it starts anew.
@@ -87,11 +87,17 @@ def _check_space(source: Source, dtypes, journal: job.Journal, place: Path) -> N
         raise
 
 
-def small_files(source: Source, kind: str, dtypes: dict[str, np.dtype]) -> dict[str, bytes]:
+def small_files(source: Source, kind: str, dtypes: dict, report) -> dict[str, bytes]:
     """What stands beside the weights: settings and tokenizer."""
     tokenizer = source.tokenizer
     own = {native.TOKENIZER: tokenizer.content} if tokenizer and tokenizer.content else {}
     if kind == "meta":
+        if tokenizer and tokenizer.additions.tokens:
+            names = [token.content for token in tokenizer.additions.tokens]
+            report(
+                f"Meta's format has no place for {len(names)} tokens that the checkpoint adds to its "
+                f"tokenizer's file: {', '.join(names[:4])}{', ...' if names[4:] else ''}"
+            )
         return own
     if kind == "native":
         origin = {"format": source.format, "files": [file.name for file in source.files[:8]]}
@@ -101,7 +107,11 @@ def small_files(source: Source, kind: str, dtypes: dict[str, np.dtype]) -> dict[
     ids = _special_ids(source)
     widest = max(dtypes.values(), key=lambda dtype: dtype.itemsize)
     settings = hf.settings_of(source.model, source.context, widest, ids)
-    made = hf_files(tokenizer.kind, tokenizer.content) if own else {}
+    # Its tokenizer's own files leave as they came, also one of which Hugging Face's form cannot be made.
+    came = {"tokenizer.json", native.TOKENIZER} & source.carried.keys()
+    made = (
+        hf_files(tokenizer.kind, tokenizer.content, tokenizer.additions) if own and not came else {}
+    )
     generation = {"generation_config.json": _json({"_from_model_config": True, **ids})}
     return {**generation, **made, **source.carried, "config.json": _json(settings)}
 
@@ -111,7 +121,10 @@ def _special_ids(source: Source) -> dict[str, Any]:
     ids: dict[str, Any] = {}
     if source.tokenizer is not None:
         tokenizer = formats.loaded(source.tokenizer)
-        ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+        # Llama 3's chat models end a turn otherwise than a text, and transformers stops at these ids alone.
+        turns = {tokenizer.special.get(f"<|{name}|>") for name in ("eot_id", "eom_id")} - {None}
+        ends = sorted({tokenizer.eos} | turns)
+        ids = {"bos_token_id": tokenizer.bos, "eos_token_id": ends if turns else tokenizer.eos}
     for said in (_object(source, "config.json"), _object(source, "generation_config.json")):
         ids |= {name: said[name] for name in _IDS if said.get(name) is not None}
     return ids

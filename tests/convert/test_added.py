@@ -1,10 +1,12 @@
 """Added tokens on their way between formats."""
 
+import base64
+import dataclasses
 import json
 
 import pytest
 
-from llama_jax.convert import formats, native
+from llama_jax.convert import folder, formats, native
 from llama_jax.tokenizer.special import AddedToken
 from tests.convert import small
 
@@ -71,3 +73,50 @@ def test_the_files_beside_a_given_tokenizer_are_read_not_the_checkpoints(came, t
     source = formats.open_checkpoint(came, "", str(other / "tokenizer.model"))
     assert [token.content for token in source.tokenizer.additions.tokens] == ["<x>"]
     assert not set(source.carried) & {"tokenizer_config.json", "tokenizer.model"}
+
+
+@pytest.mark.parametrize("kind", ["BPE", "UNIGRAM"])
+def test_tokenizer_files_of_hugging_face_leave_as_they_came(came, tmp_path, kind):
+    """Whatever they are: none has to be made. A fine-tune of such a network could not leave otherwise."""
+    (came / "tokenizer.model").write_bytes(small.sentencepiece(40, kind))
+    small.convert(came, tmp_path / "native", "native")
+    for place in (came, tmp_path / "native"):
+        small.convert(place, tmp_path / f"{place.name}_out", "hf")
+        for name in ("tokenizer.model", "tokenizer_config.json"):
+            out = tmp_path / f"{place.name}_out" / name
+            assert out.read_bytes() == (came / name).read_bytes()
+        assert not (out.parent / "tokenizer.json").exists()
+
+
+def test_added_tokens_leave_for_hugging_face_where_its_files_did_not_come(came, tmp_path):
+    (came / "tokenizer.model").write_bytes(small.sentencepiece(259))
+    tokens = {str(int(i) + 220): token for i, token in CONFIG["added_tokens_decoder"].items()}
+    config = CONFIG | {"added_tokens_decoder": tokens}
+    (came / "tokenizer_config.json").write_text(json.dumps(config))
+    wide = dataclasses.replace(small.MODEL, vocab_size=300)
+    source = formats.open_checkpoint(small.hf(came, small.state(wide), vocab_size=300), "", "")
+    source = dataclasses.replace(source, carried={})
+    folder.convert(source, tmp_path / "out", "hf", None, print, print)
+    again = formats.open_checkpoint(tmp_path / "out", "", "")
+    made = again.tokenizer.additions
+    assert made == source.tokenizer.additions
+    assert [token.id for token in made.tokens] == [265, 266]
+
+
+def test_meta_has_no_place_for_added_tokens(came, tmp_path):
+    told = []
+    small.convert(came, tmp_path / "meta", "meta", report=told.append)
+    assert any("no place for 2 tokens" in line and "<|im_end|>, <think>" in line for line in told)
+
+
+def test_chat_models_of_llama3_end_turns_in_hugging_face_too(tmp_path):
+    """As in the published folders of 3.1 and later: 128001, 128008 and 128009."""
+    ranks = b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256))
+    (tmp_path / "ranks").write_bytes(ranks)
+    model = dataclasses.replace(small.MODEL, vocab_size=512)
+    came = small.hf(tmp_path / "came", small.state(model), vocab_size=512)
+    source = formats.open_checkpoint(came, "", str(tmp_path / "ranks"))
+    folder.convert(source, tmp_path / "out", "hf", None, print, print)
+    for name in ("config.json", "generation_config.json"):
+        said = json.loads((tmp_path / "out" / name).read_text())
+        assert (said["bos_token_id"], said["eos_token_id"]) == (256, [257, 264, 265])

@@ -242,7 +242,7 @@ def test_models_with_other_settings_are_refused(tiny):
         "no remove_extra_whitespaces": lambda m: setattr(
             m.normalizer_spec, "remove_extra_whitespaces", True
         ),
-        "no user-defined or unused pieces": lambda m: setattr(
+        "no unused piece and no user-defined one with a space": lambda m: setattr(
             m.pieces[270], "type", proto.ModelProto.SentencePiece.USER_DEFINED
         ),
     }
