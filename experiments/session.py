@@ -156,12 +156,16 @@ def train(
     make_console(first, steps) shows how far it is.
     """
     program, layout = machine.program, machine.program.module.layout
-    record = {"provenance": provenance.describe(prepared), "run": config.to_dict(run)}
+    record = {
+        "provenance": provenance.describe(prepared),
+        "order": mixture.fingerprint(run.data, prepared),
+        "run": config.to_dict(run),
+    }
     _ask_first(lease.confirm)
     checkpoints = checkpoint.Checkpoints(workdir, run.checkpoint)
     if hosts.first() and (left := checkpoints.clean()):
         print(f"removed what interrupted saves left in {checkpoints.folder}: {', '.join(left)}")
-    state, seconds = start(run, program, checkpoints, prepared)
+    state, seconds = start(run, program, checkpoints, prepared, record["order"])
     first = int(state.step)
     hosts.together(lambda: describe(workdir, record["run"], prepared) if hosts.first() else None)
 
@@ -226,7 +230,7 @@ def describe(workdir: Path, run: dict[str, Any], prepared: prepare.Prepared) -> 
         files.write(workdir / native.TOKENIZER, Path(path).read_bytes())
 
 
-def start(run, program, checkpoints, prepared) -> tuple[Any, float]:
+def start(run, program, checkpoints, prepared, order: str) -> tuple[Any, float]:
     """The newest checkpoint, or a fresh state; and the seconds of training behind it."""
     restored = checkpoints.latest(program.state)
     if restored is None:
@@ -237,6 +241,12 @@ def start(run, program, checkpoints, prepared) -> tuple[Any, float]:
         raise ValueError(
             f"the text has changed: the checkpoint was trained on data {trained_on}, now it is "
             f"{prepared.fingerprint}; give a new --workdir, or bring the old text back"
+        )
+    if restored.record.get("order") != order:  # absent in checkpoints of older code
+        raise ValueError(
+            "the order of the rows has changed since the checkpoint was written: this is other code or "
+            f"another version of grain (it was {restored.record['provenance']['code']}; "
+            f"{restored.record['provenance']['packages']}); go on with those, or give a new --workdir"
         )
     print(f"resuming at step {restored.record['next_step']} from {checkpoints.folder}")
     return restored.state, restored.record["seconds"]

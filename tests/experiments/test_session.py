@@ -49,6 +49,7 @@ def play(monkeypatch, tmp_path, run_loop, checkpoints):
         (session.provenance, "describe", lambda _: {}),
         (session.iterator, "train", lambda *_: iter(())),
         (session.iterator, "bytes_per_token", lambda *_: {}),
+        (session.mixture, "fingerprint", lambda *_: "order"),
         (session.loop, "run", run_loop),
         (lease_module, "SETTLE_SECONDS", 0.0),
     ):
@@ -97,6 +98,27 @@ def test_a_workdir_that_another_process_took_over_gets_no_more_rows_and_checkpoi
         play(monkeypatch, tmp_path, run_loop, checkpoints)
     assert checkpoints.started == []
     assert json.loads((tmp_path / lease_module.FILE).read_text())["host"] == "far"
+
+
+def test_a_checkpoint_of_another_order_of_rows_is_not_gone_on_with():
+    prepared = SimpleNamespace(fingerprint="text")
+    provenance = {"data": "text", "code": "llama_jax 1, abc", "packages": "grain 0.2"}
+    record = {"provenance": provenance, "next_step": 5, "seconds": 2.0, "order": "order"}
+
+    def start(record):
+        restored = SimpleNamespace(state="state", record=record)
+        checkpoints = SimpleNamespace(latest=lambda _: restored, folder="folder")
+        program = SimpleNamespace(state=None)
+        return session.start(RUN, program, checkpoints, prepared, "order")
+
+    assert start(record) == ("state", 2.0)
+    older = {name: value for name, value in record.items() if name != "order"}
+    for other in ({**record, "order": "another"}, older):
+        message = (
+            r"the order of the rows has changed since .* \(it was llama_jax 1, abc; grain 0.2\)"
+        )
+        with pytest.raises(ValueError, match=message):
+            start(other)
 
 
 def test_validation_is_the_mean_over_sources_and_bits_are_of_each_sources_own_text(monkeypatch):
