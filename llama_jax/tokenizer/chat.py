@@ -20,32 +20,51 @@ TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")  # of Llama 2, plain text to
 
 
 @dataclasses.dataclass(frozen=True)
+class Call:
+    """A tool's name, and its arguments by name, JSON-like values."""
+
+    name: str
+    arguments: dict
+
+
+@dataclasses.dataclass(frozen=True)
 class Message:
     """One turn. Roles: "system", "user", "assistant", "ipython" (what a tool gave; Llama 3.1 on).
 
     `python`: the content is meant for a tool and stands behind <|python_tag|>. `end`: "eot" closes
     the turn; "eom" pauses it until the tool's result; "none" is an answer cut short, the last one.
+
+    `calls`: of tools, that a form has yet to put into words (tools.message). `name` of the tool that
+    a result is from, or of who speaks, and `call_id`, which call it answers: some templates want them.
     """
 
     role: str
     content: str
     python: bool = False
     end: str = "eot"
+    calls: tuple[Call, ...] = ()
+    name: str = ""
+    call_id: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
     """How a family of models reads and writes conversations; `write` with `reply` ends where the
-    model's answer begins. `read` undoes `write`, with or without the answer's ids behind."""
+    model's answer begins. `read` undoes `write`, with or without the answer's ids behind.
+
+    `answer(text, ids, last, tokenizer)`: the message in what a model said, `last` the token that ended
+    it, if one did. Whatever it said, `write` takes it.
+    """
 
     write: Callable[[Sequence[Message], Tokenizer, bool], list[int]]
     read: Callable[[Sequence[int], Tokenizer], list[Message]]
+    answer: Callable[[str, Sequence[int], Sequence[int], Tokenizer], Message]
 
 
 def write_llama2(messages: Sequence[Message], tokenizer: Tokenizer, reply: bool) -> list[int]:
     """Each question and answer is a text with begin and end; contents lose outer white space.
 
-    The last question has no end when the model is to reply.
+    The last question has no end when the model is to reply, nor has an answer of end "none".
     """
     _check_llama2(messages, reply)
     if messages[0].role == "system":
@@ -57,7 +76,10 @@ def write_llama2(messages: Sequence[Message], tokenizer: Tokenizer, reply: bool)
         text = f"[INST] {messages[i].content.strip()} [/INST]"
         end = []
         if i + 1 < len(messages):
-            text, end = f"{text} {messages[i + 1].content.strip()} ", [tokenizer.eos]
+            answer = messages[i + 1]
+            text += f" {answer.content.strip()}"
+            if answer.end != "none":
+                text, end = text + " ", [tokenizer.eos]
         ids += [tokenizer.bos, *tokenizer.encode(text), *end]
     return ids
 
@@ -82,6 +104,13 @@ def read_llama2(ids: Sequence[int], tokenizer: Tokenizer) -> list[Message]:
         if done or answer:
             messages.append(Message("assistant", answer, end="eot" if done else "none"))
     return messages
+
+
+def answer_llama2(
+    text: str, ids: Sequence[int], last: Sequence[int], tokenizer: Tokenizer
+) -> Message:
+    """Up to a tag of the form, behind which a model has gone on without its user."""
+    return Message("assistant", re.split("|".join(map(re.escape, TAGS)), text)[0].strip())
 
 
 def write_llama3(messages: Sequence[Message], tokenizer: Tokenizer, reply: bool) -> list[int]:
@@ -120,6 +149,17 @@ def read_llama3(ids: Sequence[int], tokenizer: Tokenizer) -> list[Message]:
             messages.append(message)
         at = end + 1
     return messages
+
+
+def answer_llama3(
+    text: str, ids: Sequence[int], last: Sequence[int], tokenizer: Tokenizer
+) -> Message:
+    """Special tokens inside are text; cut short, or ended by another token, it counts as whole."""
+    special = _marks(tokenizer)
+    python = list(ids[:1]) == [special["python_tag"]]
+    content = text.removeprefix("<|python_tag|>") if python else text
+    end = "eom" if list(last) == [special["eom_id"]] else "eot"
+    return Message("assistant", content, python, end)
 
 
 def _turns(ids: list[int], tokenizer: Tokenizer) -> list[list[int]]:
@@ -195,10 +235,11 @@ def _check_llama2(messages: Sequence[Message], reply: bool) -> None:
                     f"messages[{i}].content holds {tag!r}, which Llama 2 reads as its own mark; "
                     "take it out"
                 )
-        if message.python or message.end != "eot":
+        is_open = message.end == "none" and not reply and i + 1 == len(messages)
+        if message.python or message.calls or not (message.end == "eot" or is_open):
             raise ValueError(
-                f"messages[{i}] has python={message.python}, end={message.end!r}: Llama 2 knows no "
-                "tools and only whole messages"
+                f"messages[{i}] has python={message.python}, calls={len(message.calls)}, "
+                f"end={message.end!r}: Llama 2 knows no tools, and only the last message may be open"
             )
     last = "user" if reply else "assistant"
     if len(messages) <= first or messages[-1].role != last:
@@ -215,6 +256,8 @@ def _check_llama3(messages: Sequence[Message], reply: bool) -> None:
             raise ValueError(f"messages[{i}].role={message.role!r} must be one of {ROLES}")
         if message.end not in ("eot", "eom", "none"):
             raise ValueError(f"messages[{i}].end={message.end!r} must be 'eot', 'eom' or 'none'")
+        if message.calls:
+            raise ValueError(f"messages[{i}].calls: tools.message puts them into words first")
         if message.role != "assistant" and (message.python or message.end != "eot"):
             raise ValueError(
                 f"messages[{i}] of role {message.role!r} has python={message.python}, "
@@ -234,6 +277,6 @@ def _check_llama3(messages: Sequence[Message], reply: bool) -> None:
 
 
 FORMATS = {
-    "llama2": Format(write_llama2, read_llama2),
-    "llama3": Format(write_llama3, read_llama3),
+    "llama2": Format(write_llama2, read_llama2, answer_llama2),
+    "llama3": Format(write_llama3, read_llama3, answer_llama3),
 }

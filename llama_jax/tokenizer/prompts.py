@@ -5,6 +5,7 @@ pages for 3.1 (`function_tags`) and 3.2 (`function_list`). A function is describ
 {"name": ..., "description": ..., "parameters": ...}.
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 
@@ -62,7 +63,7 @@ def llama31(
     """
     if where not in ("system", "user"):
         raise ValueError(f"where={where!r} must be 'system' or 'user'")
-    given, rest = "", [_stripped(message) for message in messages]
+    given, rest = "", stripped(messages)
     if rest and rest[0].role == "system":
         given, rest = rest[0].content, rest[1:]
     described = "".join(_indented(function) + "\n\n" for function in functions)
@@ -97,10 +98,13 @@ def function_list(functions: Sequence[dict]) -> str:
     return _LIST + _indented(list(functions))
 
 
-def _stripped(message: Message) -> Message:
-    if message.python or message.role == "ipython":
-        return message
-    return Message(message.role, message.content.strip(), message.python, message.end)
+def stripped(messages: Sequence[Message]) -> list[Message]:
+    """Contents but calls and results without outer white space."""
+    kept = lambda one: one.python or one.role == "ipython"  # noqa: E731
+    return [
+        one if kept(one) else dataclasses.replace(one, content=one.content.strip())
+        for one in messages
+    ]
 
 
 def _indented(value) -> str:

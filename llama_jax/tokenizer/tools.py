@@ -12,19 +12,11 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 
-from llama_jax.tokenizer.chat import Message
+from llama_jax.tokenizer.chat import Call, Message
 
 INTERPRETER = "code_interpreter"  # the built-in tool whose call is bare Python code
 # What the parsers of json and ast raise on text that is neither, or nested too deeply for them.
 _UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """A tool's name, and its arguments by name, JSON-like values."""
-
-    name: str
-    arguments: dict
 
 
 @dataclasses.dataclass(frozen=True)
