@@ -21,10 +21,15 @@ import ml_collections
 def choose(slots, name: str, place: str):
     """`slots[name]`, or `name` itself of a plain collection; ValueError with the nearest otherwise."""
     if name not in slots:
-        raise ValueError(
-            f"{place}={name!r} is not one of {', '.join(slots)}; nearest: {nearest(name, slots)!r}"
-        )
+        known, few = ", ".join(slots), 1
+        if len(slots) > _LISTED:
+            known, few = f"the {len(slots)} that there are", 3
+        near = ", ".join(map(repr, difflib.get_close_matches(str(name), slots, few, cutoff=0.0)))
+        raise ValueError(f"{place}={name!r} is not one of {known}; nearest: {near}")
     return slots[name] if isinstance(slots, dict) else name
+
+
+_LISTED = 64  # names that a message lists; a tokenizer of Llama 3 has 256 special tokens
 
 
 def nearest(name: str, known) -> str:
@@ -606,7 +611,10 @@ def _value(kind: Any, value: Any, place: str):
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise ValueError(f"{place}={value!r} must be {kind.__name__}, not {type(value).__name__}")
+        quoted = f"; in quotes it is a text: '\"{value}\"'" if kind is str else ""
+        raise ValueError(
+            f"{place}={value!r} must be {kind.__name__}, not {type(value).__name__}{quoted}"
+        )
     return value
 
 

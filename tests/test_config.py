@@ -125,3 +125,14 @@ def test_rules(make, message):
 def test_no_default_is_none():
     """The command line cannot override a None."""
     assert None not in config.flatten(Run()).values()
+
+
+def test_of_many_names_the_nearest_are_said():
+    """Llama 3 has 256 special tokens."""
+    names = [f"<|reserved_special_token_{i}|>" for i in range(255)] + ["<|eot_id|>"]
+    with pytest.raises(ValueError, match="nearest") as error:
+        config.choose(names, "<|eot|>", "decode.stop_tokens")
+    assert str(error.value).startswith(
+        "decode.stop_tokens='<|eot|>' is not one of the 256 that there are; nearest: '<|eot_id|>', '"
+    )
+    assert len(str(error.value)) < 200
