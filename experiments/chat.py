@@ -13,10 +13,10 @@ from pathlib import Path
 
 from experiments.loading import say
 from llama_jax import files
-from llama_jax.convert import native
 from llama_jax.decode.generate import Decoder, Request
 from llama_jax.tokenizer import tools
-from llama_jax.tokenizer.chat import FORMATS, ROLES, Message
+from llama_jax.tokenizer.chat import Message
+from llama_jax.tokenizer.forms import Form
 from llama_jax.train import loop
 
 HELP = """/reset         forget the conversation, keep the system message
@@ -26,9 +26,8 @@ HELP = """/reset         forget the conversation, keep the system message
 
 
 class Chat:
-    def __init__(self, loaded, system: str):
-        self.loaded, self.system = loaded, system
-        self.form = form_of(loaded)
+    def __init__(self, loaded, form: Form, system: str):
+        self.loaded, self.form, self.system = loaded, form, system
         self.messages: list[Message] = []
         decode = loaded.engine.decode
         self.length = 0  # that the decoder has room for
@@ -37,14 +36,15 @@ class Chat:
                 f"decode.max_new_tokens={decode.max_new_tokens} leaves no room for a question in "
                 f"the {loaded.context} tokens that the model was trained for"
             )
+        if decode.samples > 1:
+            raise ValueError(
+                f"decode.samples={decode.samples} has no effect in a chat, which has one answer; set it to 1"
+            )
         self.terminal = sys.stdin.isatty()
 
     def run(self) -> int:
-        if not talks(self.loaded.folder):
-            note(
-                "nothing in the checkpoint says that it was trained to chat: it may just go on with the "
-                f"text; using the form of {self.form}"
-            )
+        if self.form.note:
+            note(self.form.note)
         if self.terminal:
             note("/help lists the commands")
         for line in self.lines():
@@ -119,7 +119,7 @@ class Chat:
 
     def answer(self) -> tuple[tools.Call, ...]:
         """Say and keep one message; the calls in it."""
-        decode, loaded = self.loaded.engine.decode, self.loaded
+        decode = self.loaded.engine.decode
         tokens = self.fitted()
         request = Request(tokens, decode.max_new_tokens, decode.seed, (len(self.messages), 0))
         self.grow(len(tokens) + decode.max_new_tokens)
@@ -127,29 +127,26 @@ class Chat:
             listen = lambda _, text: say(text)  # noqa: E731
             ((_, result),) = self.decoder.run([request], listen, interrupt.asked)
         say("\n")
-        said = FORMATS[self.form].read([*tokens, *result.tokens, *result.last], loaded.tokenizer)
-        message = said[-1] if said[-1].role == "assistant" else Message("assistant", "")
-        end = "eom" if message.end == "eom" else "eot"  # cut short it counts as whole
-        self.messages.append(Message("assistant", message.content, message.python, end))
+        message = self.form.answer(result.text, result.tokens, result.last)
+        self.messages.append(message)
         if interrupt.signal == "SIGTERM":
             raise Stopped
         if result.end == "length":
             note(f"(cut after decode.max_new_tokens={decode.max_new_tokens})")
-        return tools.parse(message) if self.form == "llama3" else ()
+        return tools.parse(message) if self.form.calls else ()
 
     def grow(self, length: int) -> None:
         """Room for twice as long a conversation where there is too little; the whole context may be large."""
         if length > self.length:
             self.length = min(2 * length, self.loaded.context)
-            rows = (self.loaded.tokenizer, self.loaded.ends, 1, self.length)
-            self.decoder = Decoder(self.loaded.engine, *rows)
+            ends = self.loaded.ends | self.form.ends
+            self.decoder = Decoder(self.loaded.engine, self.loaded.tokenizer, ends, 1, self.length)
 
     def fitted(self) -> list[int]:
         """The conversation as tokens, without its beginning if it is too long."""
-        write, tokenizer = FORMATS[self.form].write, self.loaded.tokenizer
         room = self.loaded.context - self.loaded.engine.decode.max_new_tokens
         dropped = 0
-        while len(tokens := write(self.shown(), tokenizer, True)) > room:
+        while len(tokens := self.form.write(self.shown(), ())) > room:
             second = [i for i, one in enumerate(self.messages) if one.role == "user"][1:2]
             if not second:
                 raise ValueError(
@@ -165,33 +162,6 @@ class Chat:
 
 class Stopped(Exception):
     """The process is asked to end."""
-
-
-def form_of(loaded) -> str:
-    """Llama 3's where the tokenizer has its marks."""
-    return "llama3" if "<|start_header_id|>" in loaded.tokenizer.special else "llama2"
-
-
-def talks(folder: Path) -> bool:
-    """Whether what came with a checkpoint has a template for conversations."""
-    carried = folder / native.CARRIED
-    if (carried / "chat_template.jinja").is_file():
-        return True
-    said = carried / "tokenizer_config.json"
-    return said.is_file() and "chat_template" in json.loads(said.read_text())
-
-
-def tokens_of(messages, loaded, where: str) -> list[int]:
-    """A conversation of a file, ready for an answer."""
-    try:
-        made = [Message(one["role"], one["content"]) for one in messages]
-        return FORMATS[form_of(loaded)].write(made, loaded.tokenizer, True)
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(
-            f'{where}: messages must be a list of {{"role": ..., "content": ...}}, roles {ROLES}'
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
 
 
 def note(text: str) -> None:

@@ -10,6 +10,9 @@ checks: the same texts, sooner. --chat is in chat.py, --input in prompt_file.py.
 the command runs on each of them (hosts.py), and the first one prints and writes.
 """
 
+import dataclasses
+import datetime
+import re
 import sys
 from pathlib import Path
 
@@ -17,7 +20,7 @@ import jax
 from absl import flags
 
 from experiments import chat, cli, hosts, prompt_file
-from experiments.loading import Loaded, fit, load, say, with_draft
+from experiments.loading import Loaded, fit, form_of, load, prompt_tokens, say, with_draft
 from llama_jax import config
 from llama_jax.decode.generate import Decoder, Request
 from llama_jax.train import loop
@@ -28,6 +31,9 @@ CHAT = flags.DEFINE_bool("chat", False, "Talk with the model, on a terminal or t
 SYSTEM = flags.DEFINE_string("system", "", "What the model is told before a chat.")
 INPUT = flags.DEFINE_string("input", None, 'Lines of {"prompt": ...} or {"messages": [...]}.')
 OUTPUT = flags.DEFINE_string("output", None, "Lines in the order of --input, with the texts.")
+DATE = flags.DEFINE_string(
+    "date", "", "YYYY-MM-DD: the day that a chat template is told; without, what it says by itself."
+)
 DRAFT = flags.DEFINE_string("draft", None, "Folder of a small model that proposes.")
 PROPOSALS = flags.DEFINE_integer("proposals", 4, "Tokens that --draft is ahead.", lower_bound=1)
 CONFIG = cli.define_parts(decode=config.Decode(), mesh=config.Mesh())
@@ -42,9 +48,11 @@ def main() -> int:
         raise ValueError(f"give one of --prompt, --chat and --input; {len(chosen)} are given")
     for flag, of, used in (("output", "input", OUTPUT.value), ("system", "chat", SYSTEM.value)):
         if bool(used) != (of == chosen[0]) and (used or flag == "output"):
+            like = f", as --output={Path(INPUT.value).stem}.texts.jsonl" if INPUT.value else ""
             raise ValueError(
-                f"--{flag} belongs to --{of}" if used else f"--{of} needs --{flag}=FILE"
+                f"--{flag} belongs to --{of}" if used else f"--{of} needs --{flag}=FILE{like}"
             )
+    date = day(DATE.value, chosen[0])
     hosts.join(CONFIG.value.mesh.hardware)
     cli.tune_for_cpu()
     if CHAT.value:
@@ -52,6 +60,7 @@ def main() -> int:
     cache = Path(config.Data().cache).expanduser() / "xla"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     decode = config.from_dict(CONFIG.value.decode.to_dict(), config.Decode, "decode")
+    decode = dataclasses.replace(decode, stop=tuple(map(unescaped, decode.stop)))
     mesh = config.from_dict(CONFIG.value.mesh.to_dict(), config.Mesh, "mesh")
     hosts.check(mesh)
     of = lambda flag: hosts.together(lambda: load(Path(flag.value), decode, mesh))  # noqa: E731
@@ -60,17 +69,37 @@ def main() -> int:
         draft = of(DRAFT)
         loaded = with_draft(loaded, draft, PROPOSALS.value)
     if CHAT.value:
-        return chat.Chat(loaded, SYSTEM.value).run()
-    if INPUT.value:
-        return prompt_file.run(loaded, Path(INPUT.value), Path(OUTPUT.value))
+        return chat.Chat(loaded, form_of(loaded, date), SYSTEM.value).run()
+    if INPUT.value is not None:
+        return prompt_file.run(loaded, Path(INPUT.value), Path(OUTPUT.value), date)
     return once(loaded, PROMPT.value)
+
+
+def day(text: str, command: str) -> datetime.date | None:
+    if not text:
+        return None
+    if command == "prompt":
+        raise ValueError("--date belongs to --chat and --input")
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"--date={text} must be a day, as 2024-07-26") from None
+
+
+def unescaped(stop: str) -> str:
+    """A stop of nothing but newlines and tabs, as shells hand them over: "\\n" is two characters there."""
+    if not re.fullmatch(r"(\\[nrt])+", stop):
+        return stop
+    return stop.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t")
 
 
 def once(loaded: Loaded, prompt: str) -> int:
     """Print the continuation of one prompt as it is made; of several samples each as it ends."""
     decode, tokenizer = loaded.engine.decode, loaded.tokenizer
-    tokens = [tokenizer.bos, *tokenizer.encode(prompt)]
+    tokens = prompt_tokens(tokenizer, prompt)
     fit(len(tokens), decode.max_new_tokens, loaded.context, "--prompt")
+    if not prompt:
+        print("--prompt is empty: a text from its beginning", file=sys.stderr)
     requests = [
         Request(tokens, decode.max_new_tokens, decode.seed, (0, i)) for i in range(decode.samples)
     ]
@@ -78,16 +107,28 @@ def once(loaded: Loaded, prompt: str) -> int:
     decoder = Decoder(
         loaded.engine, tokenizer, loaded.ends, min(decode.samples, decode.rows), total
     )
-    alone, head = decode.samples == 1, tokenizer.decode(tokens[1:])
+    alone, head = decode.samples == 1, tokenizer.decode(tokenizer.encode(prompt))
     if alone:
         say(head)
     with loop.Interrupt() as interrupt:
         listen = lambda _, text: say(text) if alone else None  # noqa: E731
         for number, result in decoder.run(requests, listen, interrupt.asked):
             say("\n" if alone else f"[{number + 1}] {head}{result.text}\n")
+            if not decode.temperature and repeats(result.tokens):
+                print(
+                    "the text repeats itself, as the likeliest tokens do; "
+                    "--config.decode.temperature=0.8 samples instead",
+                    file=sys.stderr,
+                )
     if interrupt.signal:
         print(f"{interrupt.signal}: ended early", file=sys.stderr)
     return 0
+
+
+def repeats(tokens: list[int]) -> bool:
+    """Whether the last 32 tokens have a period of at most 8."""
+    last = tokens[-32:]
+    return len(last) == 32 and any(last[n:] == last[:-n] for n in range(1, 9))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
 """A trained network, its tokenizer and what it was trained for, ready to go on with texts."""
 
+import datetime
+import hashlib
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
 from llama_jax import config, sharding
-from llama_jax.convert import formats, native
+from llama_jax.convert import carried, formats, native
 from llama_jax.decode.engine import Engine
 from llama_jax.decode.speculative import Speculative
 from llama_jax.model import transformer
+from llama_jax.tokenizer import forms
 from llama_jax.tokenizer.base import Tokenizer
 
 
@@ -22,7 +27,8 @@ class Loaded(NamedTuple):
     context: int  # positions it was trained for
     ends: frozenset[int]  # tokens that end a text
     folder: Path
-    draft: str = ""  # the folder of the network that proposes, and how far it is ahead
+    identity: str  # of the weights: the same wherever the folder is moved to
+    draft: str = ""  # the identity of the network that proposes, and how far it is ahead
 
 
 def load(folder: Path, decode: config.Decode, mesh: config.Mesh) -> Loaded:
@@ -30,13 +36,39 @@ def load(folder: Path, decode: config.Decode, mesh: config.Mesh) -> Loaded:
     folder = folder.expanduser().absolute()
     model, context, tokenizer = settings(folder)
     module = transformer.build(model, sharding.make(mesh, jax.devices()))
+    engine = Engine(module, native.load(folder, module), decode)
+    ends = end_tokens(folder, tokenizer, decode.stop_tokens)
+    return Loaded(engine, tokenizer, context, ends, folder, identity(folder, model, tokenizer))
+
+
+def end_tokens(folder: Path, tokenizer: Tokenizer, named: Sequence[str]) -> frozenset[int]:
+    """The tokenizer's end and what the checkpoint names as ends, Llama 3's ends of a turn, those `named`.
+
+    Where a checkpoint names none, bos is one, too: llama2.c's stories begin the next text, and end none.
+    """
     turns = {tokenizer.special.get(f"<|{name}|>") for name in ("eot_id", "eom_id")} - {None}
-    named = {
-        config.choose(tokenizer.special, name, "decode.stop_tokens") for name in decode.stop_tokens
-    }
-    ends = frozenset({tokenizer.bos, tokenizer.eos} | turns | named)
-    return Loaded(
-        Engine(module, native.load(folder, module), decode), tokenizer, context, ends, folder
+    own = carried.end_ids(folder) or {tokenizer.bos}
+    asked = {config.choose(tokenizer.special, name, "decode.stop_tokens") for name in named}
+    return frozenset({tokenizer.eos} | own | turns | asked)
+
+
+def identity(folder: Path, model: config.Model, tokenizer: Tokenizer) -> str:
+    """A text that other weights, settings or another tokenizer do not have."""
+    said = [native.identity(folder), config.to_dict(model), tokenizer.fingerprint]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+def form_of(loaded: Loaded, date: datetime.date | None) -> forms.Form:
+    """How the model takes conversations. date: what it is told of the day; today where it asks for that."""
+    tokenizer = loaded.tokenizer
+    names = {i: name for name, i in tokenizer.special.items()}
+    own = {"bos_token": names.get(tokenizer.bos, ""), "eos_token": names.get(tokenizer.eos, "")}
+    return forms.find(
+        carried.chat_template(loaded.folder),
+        own | carried.token_names(loaded.folder),
+        tokenizer,
+        datetime.date.today(),
+        date,
     )
 
 
@@ -57,21 +89,28 @@ def with_draft(target: Loaded, draft: Loaded, proposals: int) -> Loaded:
         )
     engine = Speculative(target.engine, draft.engine, proposals)
     context = min(target.context, draft.context)
-    return target._replace(engine=engine, context=context, draft=f"{draft.folder} {proposals}")
+    return target._replace(engine=engine, context=context, draft=f"{draft.identity} {proposals}")
+
+
+def prompt_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A text as the network is given it; bos for an empty one, where texts begin without."""
+    return [*tokenizer.prefix, *tokenizer.encode(text)] or [tokenizer.bos]
 
 
 def fit(prompt: int, new: int, context: int, what: str) -> None:
     """ValueError if a prompt and its continuation do not fit into what the model was trained for."""
-    if prompt + new > context:
-        raise ValueError(
-            f"{what} has {prompt} tokens and decode.max_new_tokens={new} more make {prompt + new}, beyond "
-            f"the {context} that the model was trained for; "
-            + (
-                f"try --config.decode.max_new_tokens={context - prompt}"
-                if prompt < context
-                else f"shorten it to at most {context - 1}"
-            )
-        )
+    if prompt + new <= context:
+        return
+    if prompt < context:
+        way = f"try --config.decode.max_new_tokens={context - prompt}"
+    elif new < context:
+        way = f"shorten it to at most {context - new} tokens"
+    else:
+        way = "shorten it, and lower decode.max_new_tokens"
+    raise ValueError(
+        f"{what} has {prompt} tokens and decode.max_new_tokens={new} more make {prompt + new}, beyond "
+        f"the {context} that the model was trained for; {way}"
+    )
 
 
 def say(text: str) -> None:

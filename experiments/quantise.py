@@ -146,7 +146,7 @@ def of_file(path: Path, tokenizer: Tokenizer, rows: int, length: int) -> Rows:
 
 def cut(text: str, tokenizer: Tokenizer, most: int, length: int) -> np.ndarray:
     """Up to `most` rows that begin as texts do; no more of the text is encoded than that takes."""
-    wide = length - 1
+    wide = length - len(tokenizer.prefix)
     read, tokens = 4 * most * wide, []
     while most:
         tokens = tokenizer.encode(text[:read])
@@ -155,7 +155,8 @@ def cut(text: str, tokenizer: Tokenizer, most: int, length: int) -> np.ndarray:
         read *= 2
     count = min(len(tokens) // wide, most)
     body = np.array(tokens[: count * wide], np.int32).reshape(count, wide)
-    return np.concatenate([np.full((count, 1), tokenizer.bos, np.int32), body], axis=1)
+    begin = np.tile(np.array(tokenizer.prefix, np.int32), (count, 1))
+    return np.concatenate([begin, body], axis=1)
 
 
 def of_run(run: config.Run, rows: int, length: int) -> Rows:

@@ -7,6 +7,7 @@ its devices hold), the tokenizer's file, and `huggingface/` when small files cam
 
 import dataclasses
 import functools
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,23 @@ def quantised(folder: Path) -> config.Quant | None:
         return None
     said = json_file.read(folder / MODEL).get(QUANT)
     return None if said is None else config.from_dict(said, config.Quant, QUANT)
+
+
+def identity(folder: Path) -> str:
+    """Of the stored parameters: those of another save have another, a copy of the folder has the same.
+
+    By name, size and beginning of every file, so that a large checkpoint need not be read for it.
+    """
+    place, _ = _place(folder)
+    digest = hashlib.sha256()
+    for file in sorted(file for file in place.rglob("*") if file.is_file()):
+        digest.update(f"{file.relative_to(place)} {file.stat().st_size}\n".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(_BEGINNING_BYTES))
+    return digest.hexdigest()
+
+
+_BEGINNING_BYTES = 1 << 16
 
 
 def _loaded(

@@ -6,10 +6,13 @@ meta-llama/Llama-2-7b-hf and meta-llama/Llama-3.1-8B, which begin every text wit
 """
 
 import base64
+import dataclasses
 import json
 from collections.abc import Mapping
 
 from llama_jax.tokenizer import bpe
+from llama_jax.tokenizer.added import NONE, Additions
+from llama_jax.tokenizer.special import AddedToken
 
 SPACE = "\u2581"  # SentencePiece's visible space
 # Hugging Face's published names of the 256 specials. Ids are Meta's; Meta calls id 128005 <|step_id|>
@@ -22,26 +25,29 @@ SPECIALS = (
 )
 
 
-def hf_files(kind: str, content: bytes) -> dict[str, bytes]:
+def hf_files(kind: str, content: bytes, additions: Additions = NONE) -> dict[str, bytes]:
     """Name -> content of the tokenizer files of an export directory.
 
-    `kind` is that of the config, "sp" or "bpe"; `content` the SentencePiece model or the ranks.
+    `kind` is that of the config, "sp" or "bpe"; `content` the SentencePiece model or the ranks; `additions`
+    what the checkpoint adds to it.
     The class is PreTrainedTokenizerFast: it takes tokenizer.json as it is, in transformers 4 and 5.
     LlamaTokenizer of transformers 5 rebuilds it, and then drops the first of two leading spaces.
     """
-    if kind == "sp":
-        tokenizer, bos, eos = sp_to_hf_json(content), "<s>", "</s>"
-    elif kind == "bpe":
-        tokenizer, bos, eos = ranks_to_hf_json(content), SPECIALS[0], SPECIALS[1]
-    else:
+    makers = {"sp": sp_to_hf_json, "bpe": ranks_to_hf_json}
+    if kind not in makers:
         raise ValueError(
             f"data.tokenizer.kind={kind!r} has no Hugging Face form; 'sp' or 'bpe' has"
         )
+    tokenizer = makers[kind](content, additions)
+    names = {i: name for name, i in tokenizer["model"]["vocab"].items()}
+    names |= {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
+    bos, eos = _ends(kind, content)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos,
-        "eos_token": eos,
-        "unk_token": "<unk>" if kind == "sp" else None,
+        "bos_token": names[bos if additions.bos < 0 else additions.bos],
+        "eos_token": names[eos if additions.eos < 0 else additions.eos],
+        **({"pad_token": names[additions.pad]} if additions.pad >= 0 else {}),
+        "unk_token": tokenizer["model"]["unk_token"],
         "clean_up_tokenization_spaces": False,  # transformers 4 takes spaces from text otherwise
         "model_input_names": ["input_ids", "attention_mask"],
     }
@@ -49,21 +55,23 @@ def hf_files(kind: str, content: bytes) -> dict[str, bytes]:
     return files | {"tokenizer.model": content} if kind == "sp" else files
 
 
-def ranks_to_hf_json(content: bytes) -> dict:
+def ranks_to_hf_json(content: bytes, additions: Additions = NONE) -> dict:
     """Tiktoken ranks (lines `base64 rank`) as a tokenizer.json with the same ids."""
     ranks = bpe.parse(content, "ranks")
     spelt = {token: _spell(token) for token in ranks}
     pairs = (pair for token in ranks for pair in sorted(_splits(token, ranks)))
     split = {"type": "Split", "pattern": {"Regex": bpe.PATTERN}, "behavior": "Isolated"}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    own = [AddedToken(len(ranks) + i, name) for i, name in enumerate(SPECIALS)]
     return _document(
-        added=[_added(len(ranks) + i, name) for i, name in enumerate(SPECIALS)],
+        own,
+        additions,
+        bos=len(ranks),
         normalizer=None,
         pre_tokenizer={
             "type": "Sequence",
             "pretokenizers": [split | {"invert": False}, byte_level | {"use_regex": False}],
         },
-        post_processor=_begin(SPECIALS[0], len(ranks)),
         decoder=byte_level | {"use_regex": True},
         model={
             "unk_token": None,
@@ -89,40 +97,47 @@ def hf_json_to_ranks(content: str | bytes) -> bytes:
         ) from error
 
 
-def sp_to_hf_json(content: bytes) -> dict:
+def sp_to_hf_json(content: bytes, additions: Additions = NONE) -> dict:
     """A SentencePiece model with LLaMA's settings as a tokenizer.json with the same ids.
+
+    User-defined pieces are added tokens. Then, or where additions.spaces is "first", the space before a text
+    is Metaspace's, which a text that begins with a space or with such a piece does not get.
 
     Two splits of one piece that overlap in the text ("ab|a" and "a|ba" in "abaaba"'s middle) are
     merged from the left by SentencePiece and in the order of `merges` here, the longer left part
     first: 10,000 random strings hold no such text for LLaMA's pieces.
     """
-    from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2 as proto
 
-    model = proto.ModelProto()
-    try:
-        model.ParseFromString(content)
-    except DecodeError as error:
-        raise ValueError(f"not a SentencePiece model ({len(content)} bytes): {error}") from error
+    model = _parsed(content)
     _check_model(model, proto)
     kinds = proto.ModelProto.SentencePiece
     vocab = {piece.piece: i for i, piece in enumerate(model.pieces)}
     scores = {p.piece: p.score for p in model.pieces if p.type == kinds.NORMAL}
     order = sorted(scores, key=lambda name: (-scores[name], vocab[name]))
     pairs = (pair for name in order for pair in _splits(name, scores)[::-1])
-    specials = [i for i, p in enumerate(model.pieces) if p.type in (kinds.UNKNOWN, kinds.CONTROL)]
-    bos, unknown = model.trainer_spec.bos_id, model.trainer_spec.unk_id
+    named = {kinds.UNKNOWN: True, kinds.CONTROL: True, kinds.USER_DEFINED: False}
+    own = [
+        AddedToken(i, piece.piece, special=named[piece.type])
+        for i, piece in enumerate(model.pieces)
+        if piece.type in named
+    ]
+    trainer = model.trainer_spec
+    first_alone = additions.spaces == "first" or not all(token.special for token in own)
+    prepended = {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": SPACE},
+            {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+        ],
+    }
+    metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first"}
     return _document(
-        added=[_added(i, model.pieces[i].piece) for i in specials],
-        normalizer={
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": SPACE},
-                {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
-            ],
-        },
-        pre_tokenizer=None,
-        post_processor=_begin(model.pieces[bos].piece, bos),
+        own,
+        additions,
+        bos=trainer.bos_id,
+        normalizer=None if first_alone else prepended,
+        pre_tokenizer=metaspace | {"split": False} if first_alone else None,
         decoder={
             "type": "Sequence",
             "decoders": [
@@ -133,7 +148,7 @@ def sp_to_hf_json(content: bytes) -> dict:
             ],
         },
         model={
-            "unk_token": model.pieces[unknown].piece,
+            "unk_token": model.pieces[trainer.unk_id].piece,
             "fuse_unk": True,
             "byte_fallback": True,
             "ignore_merges": False,
@@ -167,7 +182,41 @@ def _ranks(document: dict) -> bytes:
     return lines
 
 
-def _document(added, normalizer, pre_tokenizer, post_processor, decoder, model) -> dict:
+def _ends(kind: str, content: bytes) -> tuple[int, int]:
+    """Ids of bos and eos in a model file."""
+    if kind == "sp":
+        trainer = _parsed(content).trainer_spec
+        return trainer.bos_id, trainer.eos_id
+    first = len(bpe.parse(content, "ranks"))
+    return first, first + 1
+
+
+def _parsed(content: bytes):
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    model = proto.ModelProto()
+    try:
+        model.ParseFromString(content)
+    except DecodeError as error:
+        raise ValueError(f"not a SentencePiece model ({len(content)} bytes): {error}") from error
+    return model
+
+
+def _document(
+    own: list[AddedToken], additions: Additions, bos: int, normalizer, pre_tokenizer, decoder, model
+) -> dict:
+    """own, bos: the model file's, to which the additions come."""
+    by_id = {token.id: token for token in (*own, *additions.tokens)}
+    added = [by_id[i] for i in sorted(by_id)]
+    behind = [token for token in added if token.content not in model["vocab"]]
+    first = len(model["vocab"])
+    if [token.id for token in behind] != list(range(first, first + len(behind))):
+        # `tokenizers` numbers added tokens itself, without gaps, unless the vocabulary has their ids.
+        model = model | {"vocab": model["vocab"] | {token.content: token.id for token in behind}}
+    bos = bos if additions.bos < 0 else additions.bos
+    names = {i: name for name, i in model["vocab"].items()}
+    names |= {token.id: token.content for token in added}
     bpe_model = {
         "type": "BPE",
         "dropout": None,
@@ -178,18 +227,13 @@ def _document(added, normalizer, pre_tokenizer, post_processor, decoder, model) 
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": added,
+        "added_tokens": [dataclasses.asdict(token) for token in added],
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
-        "post_processor": post_processor,
+        "post_processor": _begin(names[bos], bos) if additions.adds_bos else None,
         "decoder": decoder,
         "model": bpe_model | model,
     }
-
-
-def _added(i: int, name: str) -> dict:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": i, "content": name, **flags, "special": True}
 
 
 def _begin(name: str, i: int) -> dict:
@@ -254,7 +298,11 @@ def _check_merges(merges: list, vocab: dict[str, int]) -> None:
 def _check_model(model, proto) -> None:
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     kinds = proto.ModelProto.SentencePiece
-    odd = [p.piece for p in model.pieces if p.type in (kinds.USER_DEFINED, kinds.UNUSED)]
+    odd = [
+        p.piece
+        for p in model.pieces
+        if p.type == kinds.UNUSED or (p.type == kinds.USER_DEFINED and SPACE in p.piece)
+    ]
     rules = {
         "model_type BPE": trainer.model_type == proto.TrainerSpec.BPE,
         "byte_fallback": trainer.byte_fallback,
@@ -262,7 +310,7 @@ def _check_model(model, proto) -> None:
         "add_dummy_prefix": normalizer.add_dummy_prefix,
         "escape_whitespaces": normalizer.escape_whitespaces,
         "no remove_extra_whitespaces": not normalizer.remove_extra_whitespaces,
-        f"no user-defined or unused pieces (it has {odd[:3]})": not odd,
+        f"no unused piece and no user-defined one with a space (it has {odd[:3]})": not odd,
     }
     for rule, holds in rules.items():
         if not holds:

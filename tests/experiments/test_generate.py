@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import json
+import shutil
 import signal
 import sys
 import time
@@ -11,9 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments import chat
-from experiments.loading import Loaded
+from experiments import chat, prompt_file
+from experiments import generate as command
+from experiments.loading import Loaded, form_of
 from llama_jax import config
+from llama_jax.convert import native
 from llama_jax.decode.generate import Result
 from llama_jax.tokenizer import base, byte
 from tests.convert import small
@@ -103,10 +106,12 @@ def test_an_interrupted_file_goes_on_and_keeps_what_was_done(model, tmp_path):
     assert not output.exists()
     for more in ("--config.decode.seed=5", f"--draft={model}"):
         other = helpers.run("generate", *flags, more)
-        assert "is of other prompts or settings" in other.stderr
+        assert "is of other prompts, settings or weights" in other.stderr
     assert partial.read_text() == kept
     partial.write_text(kept + '[59, {"te')  # a line cut short
-    again = helpers.run("generate", *flags, "--config.decode.rows=2")
+    moved = tmp_path / "moved"  # and with other rows at a time: the texts are the same
+    shutil.copytree(model, moved)
+    again = helpers.run("generate", f"--checkpoint={moved}", *flags[1:], "--config.decode.rows=5")
     assert again.returncode == 0, again.stderr
     assert [line["text"] for line in lines(output)] == [
         line["text"] for line in lines(tmp_path / "whole")
@@ -120,20 +125,56 @@ def test_an_interrupted_file_goes_on_and_keeps_what_was_done(model, tmp_path):
         ("{]", "line 1: no JSON"),
         ('{"prompt": "a"}\n{"text": "a"}', 'line 2: it must have "prompt" or "messages"'),
         ('{"prompt": 3}', "line 1: prompt=3 must be a text"),
-        (json.dumps({"prompt": "x" * 300}), "line 1 has 301 tokens .*shorten it to at most 255"),
+        (json.dumps({"prompt": "x" * 300}), "line 1 has 301 tokens .*shorten it to at most 216 tokens"),
+        ("\n\n\n" + json.dumps({"prompt": "x" * 230}), "line 4 has 231 tokens .*try --config.decode.max_new_tokens=25"),
+        ('{"prompt": "\\ud83d"}', r"p.jsonl, line 1: text.0.=U.D83D is a lone surrogate"),
+        ('{"prompt": ' + "[" * 100_000, "line 1: no JSON .*recursion"),
+        ('{"prompt": "a", "n": ' + "1" * 5000 + "}", "line 1: no JSON .Exceeds the limit"),
+        ('{"prompt": "a", "text": "b"}', "line 1: 'text' is written by this command; rename the field"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": "f"}', "line 1: tools must be a list"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "line 1: messages.0..role='assistant' must be 'user'"),
-        ('{"messages": ["a"]}', "line 1: messages must be a list of"),
+        ('{"messages": ["a"]}', "line 1: messages.0.='a' must be an object"),
+        ('{"messages": [{"role": "user", "content": "a", "audio": "b"}]}', "line 1: messages.0..audio='b' is not known"),
     ],
 )  # fmt: skip
-def test_a_wrong_line_is_named_before_anything_runs(model, tmp_path, text, message):
+def test_a_wrong_line_is_named_before_anything_runs(tmp_path, text, message):
     source = tmp_path / "p.jsonl"
     source.write_text(text)
-    done = generate(model, f"--input={source}", f"--output={tmp_path / 'o'}", NEW[0])
-    assert done.returncode == 1
-    import re
+    engine = SimpleNamespace(decode=config.Decode(max_new_tokens=40))
+    loaded = Loaded(engine, byte.Byte(), 256, frozenset(), tmp_path, "")
+    with pytest.raises(ValueError, match=message) as error:
+        prompt_file.begin(loaded, source, tmp_path / "o", None)
+    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value)) < 400
+    assert not list(tmp_path.glob("o*"))
 
-    assert re.search(message, done.stderr), done.stderr
-    assert done.stderr.count("\n") == 1
+
+def test_other_weights_are_another_job(model, tmp_path):
+    """Of the same names and sizes: a run that trained on."""
+    was = native.identity(model)
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    assert native.identity(other) == was
+    array = next((other / "params/groups.self_0.ffn.up").glob("c/*/*/*"))
+    content = bytearray(array.read_bytes())
+    content[40] ^= 1
+    array.write_bytes(content)
+    assert native.identity(other) != was
+
+
+def test_fields_are_kept_as_they_came(tmp_path):
+    """A lone surrogate, which UTF-8 cannot hold, escaped; blank lines and a byte order mark passed over."""
+    source = tmp_path / "p.jsonl"
+    source.write_text(
+        '\ufeff{"prompt": "a", "id": "\\ud800é"}\r\n\n  \n{"prompt": "b", "id": "é"}\n\n'
+    )
+    read = prompt_file.read(source)
+    assert list(read) == [1, 4]
+    written = [prompt_file.line_of(line) for line in read.values()]
+    assert [json.loads(line) for line in written] == list(read.values())
+    assert '"\\ud800\\u00e9"' in written[0]
+    assert '"é"' in written[1]
+    "".join(written).encode()
 
 
 @pytest.mark.parametrize(
@@ -141,10 +182,14 @@ def test_a_wrong_line_is_named_before_anything_runs(model, tmp_path, text, messa
     [
         ([], "give one of --prompt, --chat and --input; 0 are given"),
         (["--prompt=a", "--chat"], "2 are given"),
-        (["--input=x"], "--input needs --output=FILE"),
+        (["--input=/nowhere", "--output=o"], "--input=/nowhere cannot be read .*No such file"),
+        (["--input=d/x.jsonl"], "--input needs --output=FILE, as --output=x.texts.jsonl"),
+        (["--prompt=a", "--date=2024-07-26"], "--date belongs to --chat and --input"),
+        (["--chat", "--date=26 Jul"], "--date=26 Jul must be a day, as 2024-07-26"),
         (["--prompt=a", "--output=x"], "--output belongs to --input"),
         (["--prompt=a", "--system=x"], "--system belongs to --chat"),
         (["--prompt=a", "--config.decode.stop_tokens=('<eso>',)"], "decode.stop_tokens='<eso>' is not one of .*nearest: '<eos>'"),
+        (["--prompt=a", "--config.decode.stop=1."], "decode.stop=1.0 must be str, not float; in quotes it is a text: .*1.0"),
         (["--prompt=a", "--config.decode.top_k=3"], "decode.top_k=3 has no effect while decode.temperature=0.0"),
         (["--chat", "--config.decode.max_new_tokens=256"], "leaves no room for a question"),
     ],
@@ -171,7 +216,7 @@ def test_a_chat_through_a_pipe(model, tmp_path):
     done = helpers.run("generate", f"--checkpoint={model}", *flags, stdin=talk)
     assert done.returncode == 0, done.stderr
     assert "nothing in the checkpoint says that it was trained to chat" in done.stderr
-    assert "using the form of llama2" in done.stderr
+    assert "using the form of Llama 2" in done.stderr
     assert "/rest is no command" in done.stderr
     saved = json.loads((tmp_path / "said.json").read_text())
     assert [one["role"] for one in saved] == ["user", "assistant"]
@@ -207,7 +252,8 @@ def talk(monkeypatch, tmp_path, tokenizer, typed, answers, context=2000, system=
     monkeypatch.setattr(chat, "Decoder", lambda *_: scripted)
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     engine = SimpleNamespace(decode=config.Decode(max_new_tokens=50))
-    one = chat.Chat(Loaded(engine, tokenizer, context, frozenset(), tmp_path), system)
+    loaded = Loaded(engine, tokenizer, context, frozenset(), tmp_path, "")
+    one = chat.Chat(loaded, form_of(loaded, None), system)
     assert one.run() == 0
     return one
 
@@ -225,6 +271,53 @@ def test_a_tool_is_called_and_answered_by_hand(monkeypatch, tmp_path, llama3):
     ]  # fmt: skip
     assert (one.messages[1].python, one.messages[1].end) == (True, "eom")
     assert "31 degrees" in llama3.decode(one.decoder.asked[1])
+
+
+def test_what_an_answer_ends_with_does_not_lose_it(monkeypatch, tmp_path, llama3, capsys):
+    """Begin and end of text, a reserved token inside; in Llama 2's form its begin token, a tag inside."""
+    special = llama3.special
+    stray = special["<|reserved_special_token_9|>"]
+    answers = [
+        ("one", llama3.encode("one"), [llama3.eos]),
+        ("two", llama3.encode("two"), [llama3.bos]),
+        (
+            "three<|reserved_special_token_9|>",
+            [*llama3.encode("three"), stray],
+            [special["<|eot_id|>"]],
+        ),
+        ("four", llama3.encode("four"), []),
+    ]
+    one = talk(monkeypatch, tmp_path, llama3, "a\nb\nc\nd\n", answers)
+    said = [m.content for m in one.messages if m.role == "assistant"]
+    assert said == ["one", "two", "three<|reserved_special_token_9|>", "four"]
+    assert stray not in one.decoder.asked[3]
+    tokenizer = byte.Byte()
+    answers = [
+        (" a story ", tokenizer.encode(" a story "), [tokenizer.bos]),
+        (" b [/INST] x", tokenizer.encode(" b [/INST] x"), []),
+        (" c ", tokenizer.encode(" c "), [tokenizer.eos]),
+    ]
+    one = talk(
+        monkeypatch, tmp_path, tokenizer, "a\nb\nc\n/save " + str(tmp_path / "s.json"), answers
+    )
+    saved = json.loads((tmp_path / "s.json").read_text())
+    assert [m["content"] for m in saved] == ["a", "a story", "b", "b", "c", "c"]
+    assert "turn" not in capsys.readouterr().err
+
+
+def test_stops_that_a_shell_hands_over():
+    assert [command.unescaped(s) for s in ("\\n", "\\n\\n", "\\r\\t", "\n", "\\nabla", "a\\n")] == [
+        "\n", "\n\n", "\r\t", "\n", "\\nabla", "a\\n",
+    ]  # fmt: skip
+
+
+def test_a_text_that_repeats_itself_is_noticed():
+    text = list(range(30))
+    assert command.repeats([*text, *[1, 2, 3] * 11])
+    assert command.repeats([7] * 32)
+    assert not command.repeats([7] * 31)
+    assert not command.repeats([*[7] * 32, 8])
+    assert not command.repeats(list(range(9)) * 4)
 
 
 def test_what_no_longer_fits_is_forgotten_from_the_oldest_on(monkeypatch, tmp_path, capsys):

@@ -1,4 +1,7 @@
-"""Published tokenizers, where they are, and a small one of each kind."""
+"""Tokenizers of Llama 2's and Llama 3's kind: Meta's own where they are, smaller ones of ours elsewhere.
+
+Where a test compares with published ids it asks for Meta's, and is skipped without.
+"""
 
 import base64
 
@@ -7,19 +10,44 @@ import pytest
 from llama_jax import config
 from llama_jax.tokenizer import base
 
-
-def _published(shared, kind: str, name: str):
-    return base.load(config.Tokenizer(kind, str(shared(f"tokenizers/{name}/tokenizer.model"))))
+KINDS = {"llama2": "sp", "llama3": "bpe"}
 
 
 @pytest.fixture(scope="session")
-def llama2(shared):
-    return _published(shared, "sp", "llama2")
+def model_file(shared):
+    """name -> the file of a tokenizer of that kind, Meta's if it is on this machine."""
+
+    def find(name: str):
+        try:
+            return shared(f"tokenizers/{name}/tokenizer.model")
+        except pytest.skip.Exception:
+            return shared(f"tokenizers/small/{name}.model")
+
+    return find
+
+
+def _load(name: str, path):
+    return base.load(config.Tokenizer(KINDS[name], str(path)))
 
 
 @pytest.fixture(scope="session")
-def llama3(shared):
-    return _published(shared, "bpe", "llama3")
+def llama2(model_file):
+    return _load("llama2", model_file("llama2"))
+
+
+@pytest.fixture(scope="session")
+def llama3(model_file):
+    return _load("llama3", model_file("llama3"))
+
+
+@pytest.fixture(scope="session")
+def metas_llama2(shared):
+    return _load("llama2", shared("tokenizers/llama2/tokenizer.model"))
+
+
+@pytest.fixture(scope="session")
+def metas_llama3(shared):
+    return _load("llama3", shared("tokenizers/llama3/tokenizer.model"))
 
 
 @pytest.fixture(scope="session")

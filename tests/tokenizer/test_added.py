@@ -1,11 +1,13 @@
 """Added tokens against Hugging Face's `tokenizers`, which reads the same tokens and flags."""
 
+import base64
 import dataclasses
+import io
 import json
 
 import pytest
 
-from llama_jax.tokenizer import byte, hf
+from llama_jax.tokenizer import byte, hf, hf_added, sp
 from llama_jax.tokenizer.added import Additions, Extended
 from llama_jax.tokenizer.special import AddedToken
 from llama_jax.tokenizer.stream import Stream
@@ -113,23 +115,68 @@ def test_an_added_token_that_texts_hold_changes_the_fingerprint(tiny):
     assert Extended(tiny, Additions(TOKENS[:2])).fingerprint != tiny.fingerprint
 
 
-def test_user_defined_pieces_have_names_and_stay_in_texts(tmp_path):
-    import io
-
+@pytest.fixture(scope="module")
+def user_defined(tmp_path_factory):
+    """A SentencePiece model that has <|im_end|> itself."""
     import sentencepiece
-
-    from llama_jax.tokenizer import sp
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["rope norm gate"] * 9), model_writer=model, vocab_size=276,
         model_type="bpe", byte_fallback=True, user_defined_symbols=["<|im_end|>"], minloglevel=2,
-        hard_vocab_limit=False,
+        hard_vocab_limit=False, normalization_rule_name="identity", remove_extra_whitespaces=False,
     )  # fmt: skip
-    (tmp_path / "m").write_bytes(model.getvalue())
-    tokenizer = sp.load(str(tmp_path / "m"))
+    file = tmp_path_factory.mktemp("user") / "tokenizer.model"
+    file.write_bytes(model.getvalue())
+    return sp.load(str(file))
+
+
+def test_user_defined_pieces_have_names_and_stay_in_texts(user_defined):
+    tokenizer = user_defined
     token = tokenizer.special["<|im_end|>"]
     assert tokenizer.user_defined == {token}
     assert token in tokenizer.encode("rope<|im_end|>")
     text = "rope<|im_end|>norm"
     assert tokenizer.encode(text, special=True) == tokenizer.encode(text)
+
+
+def test_additions_leave_for_hugging_face_and_come_back(tiny, small, tmp_path):
+    """What is written gives transformers our ids, and us what was written; a gap between ids included."""
+    transformers = pytest.importorskip("transformers")
+    model = tiny._processor.serialized_model_proto()
+    ranks = b"".join(b"%s %d\n" % (base64.b64encode(small.token_bytes(i)), i) for i in range(259))
+    renamed = AddedToken(269, "<|im_start|>")
+    for kind, content, base, additions in (
+        ("sp", model, tiny, Additions(TOKENS[:2], eos=300, pad=301, spaces="first")),
+        (
+            "sp",
+            model,
+            tiny,
+            Additions((AddedToken(303, "<x>"), AddedToken(301, "<y>")), adds_bos=False),
+        ),
+        ("bpe", ranks, small, Additions((renamed, AddedToken(515, "<|im_end|>")), eos=515)),
+    ):
+        files = hf.hf_files(kind, content, additions)
+        for name, text in files.items():
+            (tmp_path / name).write_bytes(text)
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        ours = Extended(base, additions)
+        text = "".join(f"rope{token.content} ab" for token in additions.tokens)
+        assert theirs(text)["input_ids"] == [*ours.prefix, *ours.encode(text, special=True)]
+        assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos, ours.eos)
+        assert theirs.pad_token_id == (additions.pad if additions.pad >= 0 else None)
+        back, _ = hf_added.read(files, base, 600)
+        ordered = tuple(sorted(additions.tokens, key=lambda token: token.id))
+        assert back == dataclasses.replace(additions, tokens=ordered)
+
+
+def test_user_defined_pieces_leave_for_hugging_face(user_defined):
+    """As of Yi: transformers' own converter makes them added tokens that are not normalised, too."""
+    library = pytest.importorskip("tokenizers")
+    files = hf.hf_files("sp", user_defined._processor.serialized_model_proto())
+    theirs = library.Tokenizer.from_str(files["tokenizer.json"].decode())
+    for text in ("rope<|im_end|>norm", "rope <|im_end|> rope", "a<|im_end|><|im_end|> b"):
+        expected = [user_defined.bos, *user_defined.encode(text)]
+        assert theirs.encode(text).ids == expected, text
+        assert theirs.decode(expected) == user_defined.decode(expected)

@@ -9,8 +9,8 @@ from llama_jax.tokenizer import base, bpe
 
 
 @pytest.fixture
-def llama(llama3):
-    return llama3
+def llama(metas_llama3):
+    return metas_llama3
 
 
 def ranks(path, merges=()):

@@ -10,12 +10,12 @@ COUNT = 10_000
 
 
 @pytest.fixture(scope="module", params=["sp", "bpe"])
-def exported(request, shared, tmp_path_factory):
+def exported(request, model_file, tmp_path_factory):
     """Our tokenizer, and transformers' reading of the directory that hf_files describes."""
     transformers = pytest.importorskip("transformers")
     name = {"sp": "llama2", "bpe": "llama3"}[request.param]
     folder = tmp_path_factory.mktemp(name)
-    content = shared(f"tokenizers/{name}/tokenizer.model").read_bytes()
+    content = model_file(name).read_bytes()
     for file, text in hf.hf_files(request.param, content).items():
         (folder / file).write_bytes(text)
     model = {"model_type": "llama", "transformers_version": transformers.__version__}
@@ -56,15 +56,15 @@ def test_specials_are_found_by_hugging_faces_names(exported):
     assert theirs.convert_tokens_to_ids(list(names)) == list(ours.special.values())
 
 
-def test_sentencepiece_and_tiktoken_themselves_give_the_same(llama2, llama3, shared):
+def test_sentencepiece_and_tiktoken_themselves_give_the_same(llama2, llama3, model_file):
     import sentencepiece
     import tiktoken
 
     texts = fuzz.strings(COUNT, seed=3)
-    path = str(shared("tokenizers/llama2/tokenizer.model"))
+    path = str(model_file("llama2"))
     theirs = sentencepiece.SentencePieceProcessor(model_file=path)
     assert [llama2.encode(t) for t in texts] == theirs.encode(texts)
-    lines = shared("tokenizers/llama3/tokenizer.model").read_bytes().splitlines()
+    lines = model_file("llama3").read_bytes().splitlines()
     pairs = (line.split() for line in lines)
     ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
     plain = tiktoken.Encoding("x", pat_str=bpe.PATTERN, mergeable_ranks=ranks, special_tokens={})
@@ -84,16 +84,16 @@ def test_hugging_faces_names_of_the_specials():
     assert same == [True] * 5 + [False] + [True] * 5 + [False] * 245
 
 
-def test_merges_are_those_of_transformers_own_converter(shared):
+def test_merges_are_those_of_transformers_own_converter(model_file):
     converter = pytest.importorskip("transformers.convert_slow_tokenizer")
-    path = shared("tokenizers/llama3/tokenizer.model")
+    path = model_file("llama3")
     vocab, merges = converter.TikTokenConverter(str(path)).extract_vocab_merges_from_model(
         str(path)
     )
     model = hf.ranks_to_hf_json(path.read_bytes())["model"]
     assert model["vocab"] == vocab
     assert model["merges"] == [" ".join(pair) for pair in merges]
-    assert len(merges) == 280_147
+    assert len(merges) > 1000
 
 
 def test_transformers_4_is_told_to_leave_spaces_alone(tiny):
@@ -104,8 +104,8 @@ def test_transformers_4_is_told_to_leave_spaces_alone(tiny):
         assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
-def test_ranks_come_back_byte_for_byte(shared):
-    content = shared("tokenizers/llama3/tokenizer.model").read_bytes()
+def test_ranks_come_back_byte_for_byte(model_file):
+    content = model_file("llama3").read_bytes()
     assert hf.hf_json_to_ranks(hf.hf_files("bpe", content)["tokenizer.json"]) == content
 
 
@@ -242,7 +242,7 @@ def test_models_with_other_settings_are_refused(tiny):
         "no remove_extra_whitespaces": lambda m: setattr(
             m.normalizer_spec, "remove_extra_whitespaces", True
         ),
-        "no user-defined or unused pieces": lambda m: setattr(
+        "no unused piece and no user-defined one with a space": lambda m: setattr(
             m.pieces[270], "type", proto.ModelProto.SentencePiece.USER_DEFINED
         ),
     }

@@ -42,8 +42,8 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def llama(llama2):
-    return llama2
+def llama(metas_llama2):
+    return metas_llama2
 
 
 def test_llama_ids_equal_those_of_transformers(llama, shared):
@@ -69,21 +69,21 @@ def test_llama_specials(llama):
         assert llama.decode(llama.encode(text)) == text
 
 
-def test_a_long_text_encoded_in_parts_gives_the_same_ids(llama, shared):
+def test_a_long_text_encoded_in_parts_gives_the_same_ids(llama2, shared):
     text = shared("text/canterbury/alice29.txt").read_text()
     text = text[:60_000] + "\n\n  \n" + " x" * 3000 + "\n\n\n" * 3000 + text[60_000:90_000]
-    whole, empty, short = llama.encode_batch([text, "", "a\nb"], 2)
-    assert whole.tolist() == llama.encode(text) == llama._processor.encode(text)
-    assert (empty.tolist(), short.tolist()) == ([], llama.encode("a\nb"))
-    assert llama.decode(whole) == text
+    whole, empty, short = llama2.encode_batch([text, "", "a\nb"], 2)
+    assert whole.tolist() == llama2.encode(text) == llama2._processor.encode(text)
+    assert (empty.tolist(), short.tolist()) == ([], llama2.encode("a\nb"))
+    assert llama2.decode(whole) == text
 
 
 @pytest.mark.parametrize("which", ["trained", "published"])
-def test_cuts_never_change_the_ids(which, request, trained, shared):
+def test_cuts_never_change_the_ids(which, trained, model_file):
     """Newlines, words, runs of spaces, a visible space of the text's own, words longer than a part."""
     import sentencepiece
 
-    path = trained if which == "trained" else shared("tokenizers/llama2/tokenizer.model")
+    path = trained if which == "trained" else model_file("llama2")
     tokenizer, raw = sp.load(str(path)), sentencepiece.SentencePieceProcessor(str(path))
     rng = random.Random(5)
     kinds = [" ", "  ", "\n", "\n ", "\t", " \u2581", "\u2581", "rope", "the ", "é", "☃", "w" * 300]

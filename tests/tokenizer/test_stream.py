@@ -47,7 +47,8 @@ def test_bytes_that_are_no_character_become_replacements():
     assert texts(byte.Byte(), b"\xe6\x97a\xe6") == ["", "", "\ufffda", "", "\ufffd"]
 
 
-def test_the_first_space_alone_is_dropped(llama2):
+def test_the_first_space_alone_is_dropped(metas_llama2):
+    llama2 = metas_llama2
     assert texts(llama2, llama2.encode("Hello  big world"))[:3] == ["Hello", " ", " big"]
     assert texts(llama2, [1, *llama2.encode(" x"), 2]) == ["", "", " x", "", ""]
 

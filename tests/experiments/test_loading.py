@@ -1,0 +1,38 @@
+import json
+
+import pytest
+
+from experiments import loading
+from llama_jax.tokenizer import byte
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "huggingface").mkdir()
+    return tmp_path
+
+
+def test_ends_are_the_tokenizers_and_those_that_the_checkpoint_names(folder):
+    tokenizer = byte.Byte()
+    assert loading.end_tokens(folder, tokenizer, ()) == {tokenizer.bos, tokenizer.eos}
+    assert loading.end_tokens(folder, tokenizer, ("<pad>",)) == {256, 257, 258}
+    (folder / "huggingface/config.json").write_text('{"eos_token_id": 4}')
+    generation = {"eos_token_id": [5, 99_999]}
+    (folder / "huggingface/generation_config.json").write_text(json.dumps(generation))
+    assert loading.end_tokens(folder, tokenizer, ()) == {4, 5, 99_999, tokenizer.eos}
+    with pytest.raises(ValueError, match=r"decode\.stop_tokens='<end>' is not one of"):
+        loading.end_tokens(folder, tokenizer, ("<end>",))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "way"),
+    [
+        (90, 20, "110, beyond the 100 that .*; try --config.decode.max_new_tokens=10"),
+        (100, 20, "; shorten it to at most 80 tokens"),
+        (5000, 200, "; shorten it, and lower decode.max_new_tokens"),
+    ],
+)
+def test_what_does_not_fit_is_told_what_would(prompt, new, way):
+    with pytest.raises(ValueError, match=way):
+        loading.fit(prompt, new, 100, "--prompt")
+    loading.fit(90, 10, 100, "--prompt")
