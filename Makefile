@@ -8,7 +8,7 @@ PIP = -m pip install --quiet --disable-pip-version-check
 PYTHON312 = $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12; do \
 	$$p -c 'pass' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help venv train test test-slow test-newest smoke-newest lint format bench compile-all clean
+.PHONY: help venv train test test-slow test-newest smoke-newest studies lint format bench compile-all clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -21,7 +21,7 @@ train: .venv/core ## train configs/tiny.py on Python's standard library, minutes
 test: .venv/dev ## the suite, parity with torch included, 10 to 15 minutes on 2 cores
 	.venv/bin/python -m pytest -n 2 --dist loadfile
 
-test-slow: .venv/dev ## what takes longer
+test-slow: .venv/dev ## what takes longer, also run by .ci/run
 	.venv/bin/python -m pytest -n 2 --dist loadfile -m slow
 
 test-newest: .venv-newest/dev ## the suite on Python 3.12 with the newest JAX
@@ -29,6 +29,12 @@ test-newest: .venv-newest/dev ## the suite on Python 3.12 with the newest JAX
 
 smoke-newest: .venv-newest/dev
 	.venv-newest/bin/python -m pytest -n 2 --dist loadfile tests/model tests/train tests/house/test_mesh_equality.py
+
+studies: .venv/core ## train the published ablations again into runs/studies, 45 minutes on 2 cores
+	for study in position ffn norm; do \
+		.venv/bin/python -m experiments.ablate --config=configs/ablations/$$study.py \
+			--workdir=runs/studies/$$study || exit 1; \
+	done
 
 lint: .venv/dev ## ruff: style and format
 	.venv/bin/ruff check .
