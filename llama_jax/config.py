@@ -142,7 +142,7 @@ class Model:
     compute_dtype: str = "bfloat16"
     kernel: str = "blockwise"
     remat: str = "none"
-    unroll: int = 1  # layer groups laid out one after another in each turn of the scan
+    unroll: int = 1  # most layer groups in a turn of the scan; see `unrolled`
 
     def __post_init__(self):
         _positive(
@@ -160,7 +160,6 @@ class Model:
         if not self.pattern:
             raise ValueError("model.pattern=() must name at least one kind of layer; try ('self',)")
         _divides("len(model.pattern)", len(self.pattern), "model.layers", self.layers)
-        _divides("model.unroll", self.unroll, "the number of layer groups", self.groups)
         choose(("untied", "tied"), self.output, "model.output")
         choose(("none", "qkv", "all"), self.bias, "model.bias")
         _not_negative(self, "model", "max_positions", "window", "softcap", "mup_base_dim")
@@ -183,6 +182,12 @@ class Model:
     @property
     def groups(self) -> int:
         return self.layers // len(self.pattern)
+
+    @property
+    def unrolled(self) -> int:
+        """Layer groups laid out one after another in each turn of the scan: as many as divide them all."""
+        most = min(self.unroll, self.groups)
+        return next(n for n in range(most, 0, -1) if self.groups % n == 0)
 
 
 @dataclasses.dataclass(frozen=True)

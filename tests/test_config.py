@@ -87,7 +87,7 @@ def test_names_of_the_how_exist():
         (lambda: Model(head_dim=5), r"model.head_dim=5 must be even.*try 6"),
         (lambda: Model(dim=0), r"model.dim=0 must be positive"),
         (lambda: Model(layers=5, pattern=("self", "self")), r"len\(model.pattern\)=2 must divide model.layers=5"),
-        (lambda: Model(unroll=5), r"model.unroll=5 must divide the number of layer groups=32"),
+        (lambda: Model(unroll=0), r"model.unroll=0 must be positive"),
         (lambda: Model(pattern=()), r"model.pattern=\(\) must name"),
         (lambda: Model(compute_dtype="bf16"), r"model.compute_dtype='bf16'.*nearest: 'bfloat16'"),
         (lambda: Model(output="tide"), r"model.output='tide'.*nearest: 'tied'"),
@@ -136,3 +136,11 @@ def test_of_many_names_the_nearest_are_said():
         "decode.stop_tokens='<|eot|>' is not one of the 256 that there are; nearest: '<|eot_id|>', '"
     )
     assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("layers", "unroll", "unrolled"), [(32, 5, 4), (2, 4, 2), (7, 4, 1), (6, 4, 3), (4, 4, 4)]
+)
+def test_unrolled_layers_divide_them_all(layers, unroll, unrolled):
+    """So that a network of other depth needs no other unroll."""
+    assert Model(layers=layers, unroll=unroll).unrolled == unrolled

@@ -137,7 +137,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=config.groups,
-            unroll=config.unroll,
+            unroll=config.unrolled,
             metadata_params={nn.PARTITION_NAME: "L"},
         )
         x_BTD, _ = groups(config, self.layout, name="groups")(x_BTD, where, segments_BT)

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from configs import tiny
+from llama_jax import config, sharding
+from llama_jax.model import transformer
 from tests.experiments import helpers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +37,20 @@ def commands(text: str = OTHERS) -> list[list[str]]:
                 words = shlex.split(line.split("#")[0].strip().removesuffix("&"))
                 found.append(tuple(words[words.index("python") + 1 :]))
     return list(dict.fromkeys(found))
+
+
+def test_the_settings_that_the_readme_changes_can_be_changed():
+    """Those that stand in its sentences, on the config of its first commands."""
+    found = re.findall(
+        r"`--config\.([\w.]+)=([^` ]+)`", README.split("\n## Train\n")[1].split("\n## ")[0]
+    )
+    assert ("model.layers", "2") in found
+    for place, value in found:
+        edited = tiny.get_config()
+        edited.update_from_flattened_dict(
+            {place: int(value) if value.lstrip("-").isdigit() else value}
+        )
+        transformer.build(config.freeze(edited).model, sharding.abstract(config.Mesh(), 1))
 
 
 def different() -> list[tuple[str, ...]]:
