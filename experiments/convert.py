@@ -5,6 +5,7 @@ training. Out: our own, Hugging Face's, Meta's. The same command goes on after a
 when everything is in it.
 """
 
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -29,6 +30,10 @@ DTYPE = flags.DEFINE_enum(
     ("", *(d.name for d in stored.DTYPES.values())),
     "Of the weights; as they are when empty.",
 )
+CONTEXT = flags.DEFINE_integer(
+    "context", 0, "Positions it was trained for, where the checkpoint says less; 0: what it says.",
+    lower_bound=0,
+)  # fmt: skip
 CHECK = flags.DEFINE_bool("check", False, "Read everything back and compare it.")
 
 
@@ -37,6 +42,8 @@ def main() -> int:
     came, to = (Path(flag.value).expanduser().absolute() for flag in (FROM, TO))
     dtype = next((d for d in stored.DTYPES.values() if d.name == DTYPE.value), None)
     source = formats.open_checkpoint(came, FROM_FORMAT.value, TOKENIZER.value)
+    if CONTEXT.value:
+        source = dataclasses.replace(source, context=CONTEXT.value)
     announce(source)
     start = time.perf_counter()
     try:
@@ -68,7 +75,7 @@ def announce(source) -> None:
     for note in source.notes:
         print(f"  {note}")
     rope = f"rope theta {model.rope.theta:g}" + (
-        f", factor {model.rope.factor:g}" if model.rope.factor != 1 else ""
+        f", {model.rope.scaling} factor {model.rope.factor:g}" if model.rope.factor != 1 else ""
     )
     print(
         f"  {model.layers} layers, dim {model.dim}, {model.heads} heads, {model.kv_heads} key heads, "

@@ -62,7 +62,18 @@ def open_folder(folder: Path, tokenizer: Tokenizer | None) -> Source:
         (folder / "config.json", *sorted({_chosen(folder), *(t.file for t in stored.values())})),
         tokenizer,
         carried={n: (folder / n).read_bytes() for n in CARRIED if (folder / n).is_file()},
-        notes=(f"{len({t.file for t in stored.values()})} weight file(s)",),
+        notes=(f"{len({t.file for t in stored.values()})} weight file(s)", *_note(model, settings)),
+    )
+
+
+def _note(model: config.Model, settings: dict[str, Any]) -> tuple[str, ...]:
+    """Both numbers are published as max_position_embeddings: DeepSeek-Coder's is the stretched one."""
+    positions = settings.get("max_position_embeddings")
+    if model.rope.scaling != "linear" or not positions or settings.get("max_sequence_length"):
+        return ()
+    return (
+        f"rope scaling linear by {model.rope.factor:g}: if the {positions:g} positions of config.json are "
+        f"those before it, give --context={positions * model.rope.factor:.0f}",
     )
 
 
@@ -139,9 +150,14 @@ def model_of(settings: dict[str, Any], file: Path) -> tuple[config.Model, int]:
         )
     for name, only in (
         *(("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)),
-        *(("quantization_config", None), ("partial_rotary_factor", 1.0)),
+        ("partial_rotary_factor", 1.0),
     ):
         _only(settings, name, only, file)
+    if settings.get("quantization_config"):
+        raise ValueError(
+            f"{file}: quantization_config={json_file.shown(settings['quantization_config'])}: quantised "
+            "checkpoints are not read; dequantise it first, or take the weights that it was made from"
+        )
     values = {
         ours: _value(settings, theirs, kind, file) for ours, (theirs, kind) in _SETTINGS.items()
     }
@@ -149,7 +165,8 @@ def model_of(settings: dict[str, Any], file: Path) -> tuple[config.Model, int]:
     values["kv_heads"] = values["kv_heads"] or heads
     values["head_dim"] = values["head_dim"] or values["dim"] // heads
     tied = values.pop("tied")
-    context = values.pop("context")
+    # Vicuna's of 16k positions say so here; max_position_embeddings is what it was before.
+    context = max(values.pop("context"), _value(settings, "max_sequence_length", 0, file))
     rope = rope_of(settings, file)
     with naming(file):
         model = config.Model(**values, rope=rope, output="tied" if tied else "untied")
@@ -157,7 +174,7 @@ def model_of(settings: dict[str, Any], file: Path) -> tuple[config.Model, int]:
 
 
 def _only(settings: dict[str, Any], name: str, only: Any, file: Path) -> None:
-    if settings.get(name, only) != only:
+    if settings.get(name) is not None and settings[name] != only:
         raise ValueError(
             f"{file}: {name}={json_file.shown(settings[name])} is not LLaMA's; only {only!r} is "
             "computed here"
@@ -184,6 +201,8 @@ def _value(settings: dict[str, Any], name: str, default: Any, file: Path) -> Any
     required = isinstance(default, type)
     if settings.get(name) is None and not required:
         return default
+    if name == "initializer_range" and settings[name] == 0:  # how training began matters no more
+        return default
     return json_file.value(settings, name, default if required else type(default), file)
 
 
@@ -198,7 +217,7 @@ def rope_of(settings: dict[str, Any], file: Path) -> config.Rope:
     thetas = [
         json_file.value(said, "rope_theta", float, file)
         for said in (settings, new or {}, old or {})
-        if "rope_theta" in said
+        if said.get("rope_theta") is not None
     ]
     found = [_rope(new, thetas, file)] if new else []
     if not new or "rope_scaling" in settings:
@@ -214,42 +233,51 @@ def rope_of(settings: dict[str, Any], file: Path) -> config.Rope:
 def _rope(scaling: dict[str, Any], thetas: list[float], file: Path) -> config.Rope:
     theta = thetas[0] if thetas else 10_000.0
     _only(scaling, "partial_rotary_factor", 1.0, file)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return config.Rope(theta=theta)
-    if kind != "llama3":
+    if kind not in ("linear", "llama3"):
+        reason = "is not computed here as transformers does"
+        if kind == "dynamic":
+            reason = "changes with the length of each text, which is not computed here"
         raise ValueError(
-            f"{file}: rope_type={json_file.shown(kind)} of its rope scaling must be 'default' or "
-            "'llama3'"
+            f"{file}: rope_type={json_file.shown(kind)} of its rope scaling must be 'default', 'linear' or "
+            f"'llama3'; it {reason}"
         )
-    values = {
-        ours: json_file.value(scaling, theirs, kind, file)
-        for ours, theirs, kind in (
-            ("factor", "factor", float),
+    factor = json_file.value(scaling, "factor", float, file)
+    bands = {
+        ours: json_file.value(scaling, theirs, number, file)
+        for ours, theirs, number in (
             ("low_freq_factor", "low_freq_factor", float),
             ("high_freq_factor", "high_freq_factor", float),
             ("original_length", "original_max_position_embeddings", int),
         )
+        if kind == "llama3"
     }
+    if factor == 1.0:
+        return config.Rope(theta=theta)
     with naming(file):
-        return config.Rope(theta=theta, **values)
+        return config.Rope(theta=theta, factor=factor, scaling=kind, **bands)
 
 
 # Out.
 
 
-def check_expressible(model: config.Model, whose: str = "Hugging Face's") -> None:
+def check_expressible(
+    model: config.Model, whose: str = "Hugging Face's", scalings: tuple = ("llama3", "linear")
+) -> None:
     """ValueError names the first setting that LlamaForCausalLM has no word for."""
     ours, usual = _flat(model), _flat(config.Model())
     for name in LLAMAS:
-        if ours[name] != usual[name]:
+        allowed = scalings if name == "rope.scaling" else (usual[name],)
+        if ours[name] not in allowed:
             raise ValueError(
                 f"model.{name}={ours[name]!r} cannot be said in {whose} format, whose models "
-                f"have {usual[name]!r}; export with --format=native"
+                f"have {' or '.join(map(repr, allowed))}; export with --format=native"
             )
 
 
-# Settings of which the formats of others know LLaMA's value alone.
+# Settings of which the formats of others know LLaMA's value alone, but for rope.scaling.
 LLAMAS = (
     *("pattern", "norm", "placement", "qk_norm", "position", "rope.rotary_dim", "rope.scaling"),
     *("window", "softcap", "bias", "ffn", "mup_base_dim"),
@@ -265,9 +293,9 @@ def settings_of(model: config.Model, context: int, dtype: np.dtype, ids: dict) -
     """The config.json of a model, for transformers 4 and 5. ids: bos_token_id and the like."""
     rope, scaling = model.rope, None
     if rope.factor != 1.0:
-        scaling = {
-            "rope_type": "llama3",
-            "factor": rope.factor,
+        scaling = {"rope_type": rope.scaling, "factor": rope.factor}
+    if scaling and rope.scaling == "llama3":
+        scaling |= {
             "low_freq_factor": rope.low_freq_factor,
             "high_freq_factor": rope.high_freq_factor,
             "original_max_position_embeddings": rope.original_length,

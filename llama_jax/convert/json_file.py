@@ -29,11 +29,12 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def value(said: dict[str, Any], name: str, kind: type, file: Path) -> Any:
-    """said[name], which must be there: a positive int, a positive float (also written 1), a bool, a dict."""
+    """said[name], which must be there: a positive int or float (1 or 1.0 is either), a bool, a dict."""
     if name not in said:
         raise ValueError(f"{file} lacks {name}")
     found = said[name]
     fits = type(found) is kind or (kind is float and type(found) is int)
+    fits = fits or (kind is int and type(found) is float and found.is_integer())
     if fits and kind in (int, float):
         fits = 0 < found <= (MAX_WHOLE if kind is int else MAX_NUMBER)  # NaN is not
     if not fits:

@@ -32,7 +32,7 @@ def read(file: Path) -> dict:
         kinds["vocab_size"] = int  # both mean the tokenizer's
     for name, kind in kinds.items():
         if name in params and not (name in _NULLABLE and params[name] is None):
-            json_file.value(params, name, kind, file)
+            params[name] = json_file.value(params, name, kind, file)
     return params
 
 
@@ -70,7 +70,7 @@ def context_of(params: dict) -> int:
 
 def check_expressible(model: config.Model) -> None:
     """ValueError names the setting that Meta's format cannot hold."""
-    hf.check_expressible(model, "Meta's")
+    hf.check_expressible(model, "Meta's", scalings=("llama3",))
     if model.head_dim * model.heads != model.dim:
         raise ValueError(
             f"model.head_dim={model.head_dim} x model.heads={model.heads} must be "

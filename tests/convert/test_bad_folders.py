@@ -31,7 +31,7 @@ def ours(tmp_path):
 
 
 SAID = [
-    *(("context", value, WHOLE) for value in ("abc", None, 0, 64.0)),
+    *(("context", value, WHOLE) for value in ("abc", None, 0, 64.5)),
     *(("model", value, "model=") for value in ([], None, 5, nested(500))),
     *(("tokenizer", value, "tokenizer=") for value in (5, "BPE")),
 ]

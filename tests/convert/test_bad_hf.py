@@ -177,12 +177,13 @@ SETTINGS = {
     "biases": {"attention_bias": True},
     "biases of the feed-forward": {"mlp_bias": True},
     "quantised": {"quantization_config": {"bits": 4}},
+    "scaling by the length of a text": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
     "a part of a head turned": {"partial_rotary_factor": 0.5},
     "a part of a head turned, said elsewhere": {
         "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}
     },
     "another rope scaling": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-    "an older rope scaling": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "a rope scaling without a factor": {"rope_scaling": {"type": "linear"}},
     "rope said twice, differently": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}
     },
@@ -196,9 +197,10 @@ SETTINGS = {
 def test_settings_that_are_not_computed_here(tmp_path, to, others):
     came = small.hf(tmp_path / "hf", **others)
     name = next(iter(others))
-    word = {"rope_scaling": "rope scaling", "num_key_value_heads": "model.kv_heads=4"}.get(
-        name, name
-    )
+    word = {
+        "rope_scaling": "factor" if "linear" in str(others) else "rope scaling",
+        "num_key_value_heads": "model.kv_heads=4",
+    }.get(name, name)
     if "partial_rotary_factor" in str(others):
         word = "partial_rotary_factor=0.5 is not LLaMA's"
     refused(came, to, word)
@@ -207,11 +209,11 @@ def test_settings_that_are_not_computed_here(tmp_path, to, others):
 LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
 LLAMA3 |= {"original_max_position_embeddings": 8192}
 VALUES = [
-    *(("rope_theta", value, NUMBER) for value in (None, "abc", [1], {}, True, np.inf, np.nan, 0)),
+    *(("rope_theta", value, NUMBER) for value in ("abc", [1], {}, True, np.inf, np.nan, 0)),
     *(
         ("rms_norm_eps", value, NUMBER) for value in ("x", np.inf, 10**400)
     ),  # no float is that large
-    *(("hidden_size", value, WHOLE) for value in ("24", 24.0, True, -24, 10**30, [[]])),
+    *(("hidden_size", value, WHOLE) for value in ("24", 24.5, True, -24, 10**30, [[]])),
     *(("tie_word_embeddings", value, "must be true or false") for value in ("yes", 1, [])),
     ("initializer_range", -1.0, NUMBER),
     ("max_position_embeddings", 10**30, WHOLE),

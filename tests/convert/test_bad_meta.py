@@ -356,10 +356,10 @@ def test_params_that_do_not_fit_the_tensors(meta, to, change, word):
 
 PARAMS = [
     *(("norm_eps", value, NUMBER) for value in (None, "x", np.inf)),
-    *(("n_kv_heads", value, WHOLE) for value in ("2", 2.0, -2, True)),
-    *(("head_dim", value, WHOLE) for value in ("4", 4.0)),
+    *(("n_kv_heads", value, WHOLE) for value in ("2", 2.5, -2, True)),
+    *(("head_dim", value, WHOLE) for value in ("4", 4.5)),
     *(("multiple_of", value, WHOLE) for value in (0, "256", None)),
-    *(("vocab_size", value, WHOLE) for value in ("48", -2, 48.0, -1.0, False)),
+    *(("vocab_size", value, WHOLE) for value in ("48", -2, 48.5, -1.0, False)),
     *(("rope_theta", value, NUMBER) for value in (None, "a", 0, True)),
     *(("use_scaled_rope", value, "must be true or false") for value in ("no", 0)),
     ("ffn_dim_multiplier", "x", NUMBER),
@@ -388,6 +388,13 @@ def test_a_rule_of_ours_that_params_break_names_the_file(meta, to, change, rule)
     file = meta / "params.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     refused(meta, to, f"{file}: {rule}")
+
+
+def test_a_whole_number_may_be_written_as_a_float(meta):
+    file = meta / "params.json"
+    params = json.loads(file.read_text())
+    file.write_text(json.dumps(params | {"n_heads": 6.0, "vocab_size": 48.0, "n_layers": 2.0}))
+    assert formats.open_checkpoint(meta, "", "").model == MODEL
 
 
 @pytest.mark.parametrize("name", ["n_kv_heads", "ffn_dim_multiplier", "rope_scaling_factor"])

@@ -10,6 +10,7 @@ import pytest
 from configs import sizes
 from llama_jax import config
 from llama_jax.convert import folder, formats, hf
+from llama_jax.model import position
 from tests.convert import small
 from tests.convert.small import MODEL
 
@@ -22,6 +23,7 @@ LLAMA3 = {
 }
 WIDE = dataclasses.replace(MODEL, vocab_size=300)  # room for a byte-level tokenizer
 ROPE = config.Rope(theta=5e5, factor=32.0)
+LINEAR = config.Rope(factor=4.0, scaling="linear")
 
 
 @pytest.mark.parametrize(
@@ -41,8 +43,14 @@ ROPE = config.Rope(theta=5e5, factor=32.0)
             ROPE,
         ),
         ({}, config.Rope()),
+        ({"rope_scaling": {"type": "linear", "factor": 4}}, LINEAR),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": None}}, LINEAR),
+        ({"rope_scaling": {"type": "linear", "factor": 1.0}, "rope_theta": None}, config.Rope()),
+        ({"rope_scaling": {**LLAMA3, "factor": 1.0}}, config.Rope()),
+        ({"rope_scaling": {"type": None}}, config.Rope()),
     ],
-    ids=["4 plain", "4 scaled", "5 scaled", "5 plain", "both, theta apart", "both", "neither"],
+    ids=["4 plain", "4 scaled", "5 scaled", "5 plain", "both, theta apart", "both", "neither"]
+    + ["4 linear", "5 linear", "no stretching", "no stretching of 3.1", "no type"],
 )
 def test_both_spellings_of_rotary_settings(said, rope):
     settings = small.settings()
@@ -70,7 +78,7 @@ def test_published_config_json_gives_our_published_settings(name, shared):
 
 
 @pytest.mark.parametrize(
-    "rope", [config.Rope(theta=5e5), ROPE, dataclasses.replace(ROPE, factor=8.0)]
+    "rope", [config.Rope(theta=5e5), ROPE, dataclasses.replace(ROPE, factor=8.0), LINEAR]
 )
 def test_what_is_written_is_read_back(rope):
     model = dataclasses.replace(MODEL, rope=rope, output="tied", compute_dtype="bfloat16")
@@ -97,6 +105,47 @@ def test_transformers_reads_the_same_numbers(rope, tmp_path):
     assert (theirs.num_key_value_heads, theirs.tie_word_embeddings) == (2, False)
     assert (theirs.max_position_embeddings, theirs.bos_token_id) == (64, 7)
     assert str(theirs.dtype) == "torch.float16"
+
+
+def test_linear_scaling_is_that_of_transformers(tmp_path):
+    """As exported, at positions beyond the original ones; exactly."""
+    transformers = pytest.importorskip("transformers")
+    rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
+    model = dataclasses.replace(MODEL, rope=LINEAR)
+    settings = hf.settings_of(model, 64, np.dtype(np.float16), {})
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    inverse, grow = rope_utils.ROPE_INIT_FUNCTIONS["linear"](theirs, "cpu")
+    ours = position.frequencies(MODEL.head_dim, LINEAR, np.float32)
+    assert grow == 1.0
+    np.testing.assert_array_equal(ours, inverse.numpy())
+
+
+@pytest.mark.parametrize(
+    ("others", "context"),
+    [
+        ({}, 64),
+        ({"max_sequence_length": 256}, 256),  # as vicuna-7b-v1.5-16k has it
+        ({"max_position_embeddings": 256}, 256),
+    ],
+)
+def test_positions_of_linear_scaling(tmp_path, others, context):
+    scaling = {"type": "linear", "factor": 4.0}
+    source = formats.open_checkpoint(small.hf(tmp_path, rope_scaling=scaling, **others), "", "")
+    assert source.context == context
+    wanted = "" if "max_sequence_length" in others else f"--context={4 * context}"
+    assert [note.rsplit(" ", 1)[1] for note in source.notes[1:]] == ([wanted] if wanted else [])
+
+
+def test_what_transformers_takes_for_absent_or_whole_is_taken_so(tmp_path):
+    others = {
+        "attention_bias": None, "mlp_bias": None, "rope_theta": None, "quantization_config": {},
+        "rms_norm_eps": None, "tie_word_embeddings": None, "initializer_range": 0.0,
+        "num_attention_heads": 6.0, "hidden_size": 24.0, "rope_scaling": {},
+    }  # fmt: skip
+    found = formats.open_checkpoint(small.hf(tmp_path, **others), "", "").model
+    assert found == dataclasses.replace(MODEL, norm_eps=1e-6)
+    assert type(found.heads) is int
 
 
 @pytest.mark.parametrize("output", ["tied", "untied"])
