@@ -74,14 +74,18 @@ def plain(path: str, start: int, stop: int) -> Iterator[Piece]:
 
 
 def cut(path: str, size: int, fraction: float) -> int:
-    """Where the last `fraction` of a text file begins: the byte offset of a line."""
+    """Where the last `fraction` of a text file begins: the byte offset of a line, else of a word.
+
+    That the last part is at most doubled goes before: a file may be a title and one long line.
+    """
     wanted = size - max(int(size * fraction), 1)
-    begin = max(wanted - BLOCK, 0)
+    begin = max(wanted - min(size - wanted, BLOCK), 0)
     with open(path, "rb") as file:
         file.seek(begin)
         block = file.read(wanted - begin + 1)
-    if newline := block.rfind(b"\n", 0, -1) + 1:
-        return begin + newline
+    for end in (b"\n", b" "):
+        if behind := block.rfind(end, 0, -1) + 1:
+            return begin + behind
     while wanted > begin and block[wanted - begin] & 0xC0 == 0x80:  # not inside a character
         wanted -= 1
     return wanted

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -25,6 +26,8 @@ SHARD_BYTES = 1 << 29
 # Rows are read one by one: groups of 64 read 6 times slower. zstd, the default, makes uint16 rows
 # of 256 tokens 0.92 and of 2048 tokens 0.59 of their size; they read at 0.81 and 0.94 of the rate.
 OPTIONS = "group_size:1"
+UNFINISHED = ".unfinished-"  # begins the names of folders that are being written
+DAY = 24 * 3600.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,17 @@ class Rows:
         for shard in np.unique(shards):
             where = np.flatnonzero(shards == shard)
             rows = (indices[where] - self._starts[shard]).tolist()
-            for at, record in zip(where, self._reader(shard).read(rows), strict=True):
+            try:
+                found = self._reader(shard).read(rows)
+            except (
+                RuntimeError,
+                IndexError,
+            ) as error:  # a checksum that does not agree; a short file
+                file = self._files[shard]
+                raise ValueError(
+                    f"{file} is damaged: {error}; delete {os.path.dirname(file)} to prepare again"
+                ) from error
+            for at, record in zip(where, found, strict=True):
                 records[at] = record
         features = [example.decode(record) for record in records]
         tokens, segments = (
@@ -130,7 +143,10 @@ def load(folder: str) -> Store:
                 raise ValueError(
                     f"{path} {found}, {size} were written; delete {folder} to prepare again"
                 )
-    return Store(folder, meta, Rows(folder, "train", meta), Rows(folder, "validation", meta))
+    try:
+        return Store(folder, meta, Rows(folder, "train", meta), Rows(folder, "validation", meta))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: dataset_info.json or features.json lacks {error}") from error
 
 
 @contextlib.contextmanager
@@ -139,7 +155,8 @@ def folder(final: str) -> Iterator[str]:
     parent = os.path.dirname(final)
     try:
         os.makedirs(parent, exist_ok=True)
-        new = tempfile.mkdtemp(prefix=".unfinished-", dir=parent)
+        _sweep(parent)
+        new = tempfile.mkdtemp(prefix=UNFINISHED, dir=parent)
     except OSError as error:
         raise ValueError(
             f"data.cache cannot hold rows: {parent}: {error.strerror}; set data.cache to a folder "
@@ -157,6 +174,18 @@ def folder(final: str) -> Iterator[str]:
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+
+
+def _sweep(parent: str) -> None:
+    """Remove what processes that were killed left unfinished: nothing in it has changed for a day."""
+    for name in os.listdir(parent):
+        path = os.path.join(parent, name)
+        if not name.startswith(UNFINISHED):
+            continue
+        with contextlib.suppress(FileNotFoundError):  # another process has just finished it
+            parts = [path, *(entry.path for entry in os.scandir(path))]
+            if time.time() - max(os.stat(part).st_mtime for part in parts) > DAY:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def write(folder: str, split: str, rows: Iterator[Row], vocab_size: int) -> dict[str, int]:

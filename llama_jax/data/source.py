@@ -72,16 +72,16 @@ def _files(source: config.Source, fraction: float, cache: str) -> Text:
     if "://" in source.path:
         raise ValueError(f"{place} must be a path on this machine; mount the bucket (gcsfuse)")
     pattern = os.path.abspath(os.path.expanduser(source.path))
-    files = sorted(glob.glob(pattern, recursive=True))
     if os.path.isdir(pattern):
         raise ValueError(
             f"{place} is a folder; name its files: {os.path.join(source.path, '**/*.txt')!r}"
         )
-    if not glob.has_magic(pattern):
-        root = os.path.dirname(pattern)
+    if os.path.isfile(pattern):  # whatever is in its name
+        files, root = [pattern], os.path.dirname(pattern)
     else:
+        found = sorted(glob.glob(pattern, recursive=True))
+        files = [file for file in found if not os.path.isdir(file)]
         root = os.path.dirname(re.split(r"[*?\[]", pattern, maxsplit=1)[0])
-        files = [file for file in files if not os.path.isdir(file)]
     if not files:
         raise ValueError(f"{place} matches no file; {_nearest(pattern)}")
     return _of_files(source, root, files, fraction, cache)
@@ -101,7 +101,7 @@ def _of_files(source, root: str, files: list[str], fraction: float, cache: str) 
     relative = {file: os.path.relpath(file, root).replace(os.sep, "/") for file in files}
     plain = [file for file in files if documents.is_plain(file)]
     few = source.kind == "files" and len(plain) < FEW
-    by_hash = sorted(plain, key=lambda file: hashlib.sha256(relative[file].encode()).digest())
+    by_hash = sorted(plain, key=lambda file: hashlib.sha256(os.fsencode(relative[file])).digest())
     held_out = set() if few else set(by_hash[: max(1, round(fraction * len(plain)))])
 
     def read(split: str) -> Iterator[Piece]:
@@ -176,7 +176,7 @@ def _tfds(source: config.Source, fraction: float, cache: str) -> Text:
 
 
 def _sha(lines: list[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()  # names may be no UTF-8
 
 
 def _hashes(files: list[str], cache: str) -> dict[str, str]:

@@ -224,3 +224,15 @@ def test_a_file_is_cut_at_a_line_near_the_end(tmp_path, monkeypatch):
     at = documents.cut(write(tmp_path / "b.txt", single), len(single), 0.1)
     assert 0 <= len(single) - at - 90 < 3
     assert single[at:].decode() + single[:at].decode() == "☃" * 300
+
+
+def test_a_cut_at_most_doubles_the_last_part(tmp_path):
+    """A title and one line of 100,000 words: the only line end is not where a twentieth begins."""
+    content = b"a title\n" + b"word " * 100_000
+    at = documents.cut(write(tmp_path / "a.txt", content), len(content), 0.05)
+    assert content[at - 1 : at] == b" "
+    assert 0 <= len(content) - at - int(0.05 * len(content)) < 8
+    content = b"a title\n" + "☃".encode() * 1000
+    at = documents.cut(write(tmp_path / "a.txt", content), len(content), 0.05)
+    assert 0 <= len(content) - at - int(0.05 * len(content)) < 4
+    content[at:].decode()

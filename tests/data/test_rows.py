@@ -1,5 +1,8 @@
 import dataclasses
 import json
+import os
+import re
+import time
 
 import numpy as np
 import pytest
@@ -155,6 +158,11 @@ def test_what_is_missing_or_damaged_is_named(tmp_path):
         ("meta.json", lambda good: b'{"splits": {}}', r"meta.json is not that of a folder of rows"),
         ("features.json", None, r"features.json: No such file"),
         ("dataset_info.json", lambda good: b"", r"dataset_info.json is damaged"),
+        (
+            "dataset_info.json",
+            lambda good: good.replace(b'"validation"', b'"test"'),
+            r"rows: dataset_info.json or features.json lacks 'validation'",
+        ),
     ):
         path, good = spoilt(name, content)
         message(error)
@@ -176,6 +184,32 @@ def test_what_is_missing_or_damaged_is_named(tmp_path):
         path.write_bytes(good)
     with pytest.raises(ValueError, match=r"absent is not a folder of rows: no such folder"):
         rows.load(str(tmp_path / "absent"))
+
+
+def test_a_damaged_row_names_its_file(tmp_path):
+    folder, _ = store(tmp_path)
+    shard = tmp_path / "rows" / "rows-train.array_record-00000-of-00001"
+    damaged = bytearray(shard.read_bytes())
+    damaged[1000] ^= 255
+    shard.write_bytes(damaged)
+    opened = rows.load(folder)
+    message = rf"{shard} is damaged: .*mismatch.*; delete {folder} to prepare again"
+    with pytest.raises(ValueError, match=re.compile(message, re.S)):
+        opened.train.read(range(len(opened.train)))
+
+
+def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
+    for name, hours in (("old", 25), ("new", 23), ("busy", 25)):
+        folder = tmp_path / f".unfinished-{name}"
+        folder.mkdir()
+        (folder / "shard").write_text("half")
+        then = time.time() - hours * 3600
+        if name != "busy":
+            os.utime(folder / "shard", (then, then))
+        os.utime(folder, (then, then))
+    with rows.folder(str(tmp_path / "rows")) as new:
+        left = {name.removeprefix(".unfinished-") for name in os.listdir(tmp_path)}
+        assert left == {"new", "busy", os.path.basename(new).removeprefix(".unfinished-")}
 
 
 def test_meta_is_plain_json(tmp_path):

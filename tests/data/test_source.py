@@ -146,6 +146,16 @@ def test_a_home_and_deep_folders_are_found(tmp_path, monkeypatch):
     assert len(texts(opened(of, tmp_path), "train")) == 1
 
 
+def test_any_name_of_a_file_will_do(tmp_path):
+    """Brackets, which globs read, and bytes that are no UTF-8."""
+    folder = write_texts(tmp_path / "t", 2)
+    os.rename(folder / "doc00.txt", folder / "a [1].txt")
+    of = config.Source(name="one", kind="files", path=f"{folder}/a [1].txt")
+    assert len(texts(opened(of, tmp_path), "train")) == 1
+    os.rename(os.fsencode(folder / "doc01.txt"), os.fsencode(folder) + b"/\xff.txt")
+    assert len(texts(opened(files(folder), tmp_path), "train")) == 2
+
+
 def test_what_is_wrong_with_a_path_is_said(tmp_path):
     folder = write_texts(tmp_path / "t", 3)
 
