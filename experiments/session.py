@@ -165,23 +165,22 @@ def train(
     checkpoints = checkpoint.Checkpoints(workdir, run.checkpoint)
     if hosts.first() and (left := checkpoints.clean()):
         print(f"removed what interrupted saves left in {checkpoints.folder}: {', '.join(left)}")
-    state, seconds = start(run, program, checkpoints, prepared, record["order"])
+    state, seconds, loss = start(run, program, checkpoints, prepared, record["order"])
     first = int(state.step)
     hosts.together(lambda: describe(workdir, record["run"], prepared) if hosts.first() else None)
 
     console = make_console(first, run.train.steps)
-    writers, audit = [], None
+    writers, boards, audit = [], [], None
     if hosts.first():
-        writers.append(lambda _: lease.check())
-        writers.append(metrics.jsonl(workdir / "metrics.jsonl", first))
+        writers = [lambda _: lease.check(), metrics.jsonl(workdir / "metrics.jsonl", first)]
         if run.log.tensorboard == "on":
-            writers.append(metrics.tensorboard(workdir / "tensorboard", first))
+            boards.append(metrics.tensorboard(workdir / "tensorboard", first))
         if run.log.wandb == "on":
-            writers.append(metrics.wandb(workdir, record["run"]))
+            boards.append(metrics.wandb(workdir, record["run"]))
         if run.log.audit == "on":
             audit = metrics.jsonl(workdir / "audit.jsonl", first)
     rates = figures(run, program.module)
-    recorder = loop.Recorder(run, rates, writers, console, seconds)
+    recorder = loop.Recorder(run, rates, writers + boards, console, seconds, loss)
     per_token = iterator.bytes_per_token(run, prepared)
     evaluate = functools.partial(
         validation, machine.evaluate, run, prepared, layout, per_token, interrupt=interrupt
@@ -189,11 +188,27 @@ def train(
 
     def save(done: int, state: Any, seconds: float) -> None:
         lease.check()
-        checkpoints.save(done, state, {**record, "next_step": done, "seconds": seconds})
+        more = {"next_step": done, "seconds": seconds, "loss_since_row": recorder.loss}
+        checkpoints.save(done, state, {**record, **more})
+
+    def complete(step: int, params: Any) -> metrics.Row:
+        """The row of a step, with the evaluation that a signal cut off, which is also written."""
+        row = row_of(workdir, step)
+        if hosts.first_says("validation_loss" in row):
+            return row
+        results = evaluate(params)
+        if row and results:
+            metrics.jsonl(workdir / "metrics.jsonl", step - 1)(row | results)
+            for write in boards:
+                write({"step": step, **results})
+        return row | results
 
     done = first
     try:
         if first < run.train.steps:
+            cut = first % run.eval.every == 0 and bool(row_of(workdir, first))
+            if hosts.first_says(cut):
+                complete(first, state.params)
             batches, advance = iterator.train(run, prepared, layout, first), machine.advance
             recorder.pause()
             state, done = loop.run(
@@ -208,19 +223,23 @@ def train(
         raise
     finally:
         console.close()
-    rows = metrics.read(workdir / "metrics.jsonl") if hosts.first() else []
-    if done < run.train.steps:
-        spent = (recorder.seconds, recorder.seconds - seconds)
-        return Result(state, rows, {}, *spent, rates, first, interrupt.signal)
-    last = rows[-1] if rows else {}
-    if hosts.first_says("validation_loss" not in last):
+    results = {}
+    if done == run.train.steps:
         # Whatever cut the last evaluation short, the results are wanted now.
         signal, interrupt.signal = interrupt.signal, ""
-        last |= evaluate(state.params)
+        last = complete(done, state.params)
         interrupt.signal = interrupt.signal or signal
-    results = {name: value for name, value in last.items() if name.startswith("validation_")}
+        results = {name: value for name, value in last.items() if name.startswith("validation_")}
+    rows = metrics.read(workdir / "metrics.jsonl") if hosts.first() else []
     spent = (recorder.seconds, recorder.seconds - seconds)
-    return Result(state, rows, results, *spent, rates, first)
+    ended = "" if done == run.train.steps else interrupt.signal
+    return Result(state, rows, results, *spent, rates, first, ended)
+
+
+def row_of(workdir: Path, step: int) -> metrics.Row:
+    """What metrics.jsonl says of a step; empty if nothing, and on all hosts but the first."""
+    rows = metrics.read(workdir / "metrics.jsonl") if hosts.first() else []
+    return next((row for row in rows if row["step"] == step), {})
 
 
 def describe(workdir: Path, run: dict[str, Any], prepared: prepare.Prepared) -> None:
@@ -230,12 +249,13 @@ def describe(workdir: Path, run: dict[str, Any], prepared: prepare.Prepared) -> 
         files.write(workdir / native.TOKENIZER, Path(path).read_bytes())
 
 
-def start(run, program, checkpoints, prepared, order: str) -> tuple[Any, float]:
-    """The newest checkpoint, or a fresh state; and the seconds of training behind it."""
+def start(run, program, checkpoints, prepared, order: str) -> tuple[Any, float, loop.Mean]:
+    """The newest checkpoint, or a fresh state; seconds of training and loss since the last row behind it."""
     restored = checkpoints.latest(program.state)
     if restored is None:
         module = program.module
-        return train_state.init(module, program.tx, module.layout, run.train.seed), 0.0
+        state = train_state.init(module, program.tx, module.layout, run.train.seed)
+        return state, 0.0, loop.Mean()
     trained_on = restored.record["provenance"]["data"]
     if trained_on != prepared.fingerprint:
         raise ValueError(
@@ -249,7 +269,8 @@ def start(run, program, checkpoints, prepared, order: str) -> tuple[Any, float]:
             f"{restored.record['provenance']['packages']}); go on with those, or give a new --workdir"
         )
     print(f"resuming at step {restored.record['next_step']} from {checkpoints.folder}")
-    return restored.state, restored.record["seconds"]
+    record = restored.record
+    return restored.state, record["seconds"], loop.Mean(*record["loss_since_row"])
 
 
 def figures(run: config.Run, module) -> loop.Rates:

@@ -9,7 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
@@ -78,14 +78,37 @@ class Rates:
         )
 
 
+class Mean(NamedTuple):
+    """A mean over tokens, as it grows. Of one step it is that step's value exactly."""
+
+    value: float = 0.0
+    tokens: float = 0.0
+
+    def add(self, value: float, tokens: float) -> "Mean":
+        total = self.tokens + tokens
+        return Mean(self.value + (value - self.value) * (tokens / total), total)
+
+
 class Recorder:
-    """Fetches the metrics of a step while the next one runs, and writes a row when one is due."""
+    """Fetches the metrics of a step while the next one runs, and writes a row when one is due.
+
+    The loss of a row is the mean over the tokens since the last row, without steps whose update was left
+    out: one step's is several times as noisy. `loss` is that mean so far; a checkpoint between two rows keeps
+    it, so that the row after a resumption is that of a run left alone.
+    """
 
     def __init__(
-        self, run: config.Run, rates: Rates, writers: list[Writer], console: Console, seconds: float
+        self,
+        run: config.Run,
+        rates: Rates,
+        writers: list[Writer],
+        console: Console,
+        seconds: float,
+        loss: Mean = Mean(),  # noqa: B008 it is a constant
     ):
         self._run, self._rates, self._writers, self._console = run, rates, writers, console
         self.seconds = seconds  # of training: evaluation and saving left out, earlier sessions in
+        self.loss = loss
         self._mark = time.perf_counter()
         self._row_seconds, self._tokens, self._waited = (
             seconds,
@@ -118,6 +141,8 @@ class Recorder:
         self._tokens += values["tokens"]
         if values["skipped"]:
             self._console.say(f"WARNING: {check_anomaly(self._run.train, step, values)}")
+        elif values["tokens"]:
+            self.loss = self.loss.add(values["loss"], values["tokens"])
         if evaluate or step % self._run.log.every == 0:
             row = self._row(step, values)
             if evaluate:
@@ -135,7 +160,7 @@ class Recorder:
         rate = self._tokens / elapsed
         row = {
             "step": step,
-            "loss": values["loss"],
+            "loss": self.loss.value if self.loss.tokens else values["loss"],
             "tokens": step * self._run.tokens_per_step,
             "seconds": self.seconds,
             "tokens_per_second": rate,
@@ -148,6 +173,7 @@ class Recorder:
             / max(rate, 1e-9),
         }
         self._row_seconds, self._tokens, self._waited = self.seconds, 0.0, 0.0
+        self.loss = Mean()
         return row
 
 

@@ -11,15 +11,19 @@ from experiments import lease as lease_module
 from experiments import session
 from llama_jax import config
 from llama_jax.data import iterator
-from llama_jax.train import checkpoint, loop
+from llama_jax.train import checkpoint, loop, metrics
 from llama_jax.train.loss import Sums
 
 RUN = config.Run(
     data=config.Data(seq_len=8),
     optim=config.Optim(warmup_steps=0),
     train=config.Train(steps=10, batch_size=4),
+    eval=config.Eval(every=5),
     log=config.Log(tensorboard="off"),
 )
+
+
+MEAN = loop.Mean(4.5, 96.0)
 
 
 class Checkpoints:
@@ -27,9 +31,11 @@ class Checkpoints:
 
     def __init__(self, broken=False):
         self.started, self.written, self.broken = [], [], broken
+        self.record = {}
 
     def save(self, step, state, record):
         self.started.append(step)
+        self.record = record
 
     def clean(self):
         return []
@@ -40,11 +46,11 @@ class Checkpoints:
         self.written = list(self.started)
 
 
-def play(monkeypatch, tmp_path, run_loop, checkpoints):
-    """session.train around `run_loop`, from step 0."""
+def play(monkeypatch, tmp_path, run_loop, checkpoints, first=0):
+    """session.train around `run_loop`, from the step `first`."""
     for module, name, value in (
         (session.checkpoint, "Checkpoints", lambda *_: checkpoints),
-        (session, "start", lambda *_: (SimpleNamespace(step=0, params={}), 0.0)),
+        (session, "start", lambda *_: (SimpleNamespace(step=first, params={}), 0.0, MEAN)),
         (session, "figures", lambda *_: loop.Rates(1.0, 0.0)),
         (session.provenance, "describe", lambda _: {}),
         (session.iterator, "train", lambda *_: iter(())),
@@ -104,6 +110,7 @@ def test_a_checkpoint_of_another_order_of_rows_is_not_gone_on_with():
     prepared = SimpleNamespace(fingerprint="text")
     provenance = {"data": "text", "code": "llama_jax 1, abc", "packages": "grain 0.2"}
     record = {"provenance": provenance, "next_step": 5, "seconds": 2.0, "order": "order"}
+    record["loss_since_row"] = [1.5, 8.0]
 
     def start(record):
         restored = SimpleNamespace(state="state", record=record)
@@ -111,7 +118,7 @@ def test_a_checkpoint_of_another_order_of_rows_is_not_gone_on_with():
         program = SimpleNamespace(state=None)
         return session.start(RUN, program, checkpoints, prepared, "order")
 
-    assert start(record) == ("state", 2.0)
+    assert start(record) == ("state", 2.0, loop.Mean(1.5, 8.0))
     older = {name: value for name, value in record.items() if name != "order"}
     for other in ({**record, "order": "another"}, older):
         message = (
@@ -119,6 +126,52 @@ def test_a_checkpoint_of_another_order_of_rows_is_not_gone_on_with():
         )
         with pytest.raises(ValueError, match=message):
             start(other)
+
+
+@pytest.mark.parametrize("signal", ["", "SIGTERM"])
+def test_an_evaluation_that_a_signal_cut_off_is_made_up_for(monkeypatch, tmp_path, signal):
+    """Before the first step, in the row of its own step; so a curve is that of a run left alone."""
+    rows = [{"step": n, "loss": 0.1 * n} for n in (4, 5)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(
+        session,
+        "validation",
+        lambda *_, interrupt: {} if interrupt.signal else {"validation_loss": 1.5},
+    )
+    seen = []
+
+    def run_loop(run, state, *_, interrupt, recorder, evaluate, **__):
+        seen.extend(metrics.read(tmp_path / "metrics.jsonl"))
+        recorder._writers[1]({"step": 10, "loss": 1.0})
+        interrupt.signal = signal  # as the last evaluation ends
+        return state, 10
+
+    result = play(monkeypatch, tmp_path, run_loop, Checkpoints(), first=5)
+    assert seen == [rows[0], {**rows[1], "validation_loss": 1.5}]
+    assert result.rows == [*seen, {"step": 10, "loss": 1.0, "validation_loss": 1.5}]
+    assert result.results == {"validation_loss": 1.5}
+    assert result.interrupted == ""
+
+
+def test_what_was_evaluated_is_not_evaluated_again(monkeypatch, tmp_path):
+    rows = [{"step": n, "loss": 0.1 * n, "validation_loss": 2.5} for n in (5, 10)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(session, "validation", lambda *_, **__: pytest.fail("evaluated"))
+    result = play(monkeypatch, tmp_path, None, Checkpoints(), first=10)
+    assert result.results == {"validation_loss": 2.5}
+
+
+def test_the_loss_since_the_last_row_is_kept_by_a_checkpoint(monkeypatch, tmp_path):
+    def run_loop(run, state, *_, save, recorder, **__):
+        assert recorder.loss == MEAN, "that of the checkpoint"
+        recorder.loss = recorder.loss.add(1.0, 32.0)
+        save(8, state, 1.0)
+        return state, 8
+
+    checkpoints = Checkpoints()
+    play(monkeypatch, tmp_path, run_loop, checkpoints, first=7)
+    kept = loop.Mean(*json.loads(json.dumps(checkpoints.record))["loss_since_row"])
+    assert kept == (pytest.approx((4.5 * 96 + 32) / 128), 128.0)
 
 
 def test_validation_is_the_mean_over_sources_and_bits_are_of_each_sources_own_text(monkeypatch):

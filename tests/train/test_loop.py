@@ -45,7 +45,7 @@ def a_run(steps=10, log=1, evaluation=100, save=100, **train):
     )
 
 
-def play(run, first=0, step=None, interrupt=None, rates=None):
+def play(run, first=0, step=None, interrupt=None, rates=None, loss=loop.Mean()):  # noqa: B008
     """The loop with everything around it replaced by lists."""
     console, saves, evaluations, audit = Console(), [], [], []
     batches = (Loaded(n, np.array([0, 1]), np.array([n, n])) for n in range(first, 1000))
@@ -54,7 +54,7 @@ def play(run, first=0, step=None, interrupt=None, rates=None):
         assert batch == state.step, "batch n belongs to step n"
         return State(state.step + 1), metrics(loss=10.0 - state.step)
 
-    recorder = loop.Recorder(run, rates or loop.Rates(100.0, 0.0), [], console, 0.0)
+    recorder = loop.Recorder(run, rates or loop.Rates(100.0, 0.0), [], console, 0.0, loss)
     result = loop.run(
         run, State(first), step or plain, batches,
         evaluate=lambda params: evaluations.append(params) or {"validation_loss": 1.5},
@@ -74,6 +74,42 @@ def test_each_step_is_recorded_once_in_order():
     assert [row["step"] for row in console.rows] == list(range(1, 11))
     assert [row["loss"] for row in console.rows] == [10.0 - n for n in range(10)]
     assert [row["tokens"] for row in console.rows] == [32 * n for n in range(1, 11)]
+
+
+def uneven(state):
+    """Loss and tokens of a step."""
+    return float(10 - state.step), 8.0 * (1 + state.step % 3)
+
+
+def spoken(steps):
+    """The mean over the tokens of these steps (the first is 1)."""
+    values = [uneven(State(step - 1)) for step in steps]
+    return sum(loss * tokens for loss, tokens in values) / sum(tokens for _, tokens in values)
+
+
+def test_the_loss_of_a_row_is_the_mean_over_the_tokens_since_the_last_one():
+    def step(state, batch):
+        loss, tokens = uneven(state)
+        return State(state.step + 1), metrics(loss)._replace(tokens=jnp.float32(tokens))
+
+    run = a_run(steps=10, log=4, evaluation=6)
+    _, console, *_ = play(run, step=step)
+    rows = {row["step"]: row["loss"] for row in console.rows}
+    wanted = {4: (1, 2, 3, 4), 6: (5, 6), 8: (7, 8), 10: (9, 10)}
+    assert rows == pytest.approx({last: spoken(steps) for last, steps in wanted.items()})
+    # From a checkpoint between two rows, which keeps what was added up.
+    halfway = loop.Mean()
+    for n in (1, 2, 3):
+        halfway = halfway.add(*uneven(State(n - 1)))
+    _, console, *_ = play(run, first=3, step=step, loss=halfway)
+    assert {row["step"]: row["loss"] for row in console.rows} == rows, "bit for bit"
+
+
+def test_a_step_that_was_left_out_is_not_in_the_mean():
+    _, console, *_ = play(a_run(log=3, on_anomaly="skip"), step=faulty("nan"))
+    assert [row["loss"] for row in console.rows] == [1.0, 1.0, 1.0, 1.0]
+    _, console, *_ = play(a_run(on_anomaly="skip"), step=faulty("spike"))
+    assert [row["loss"] for row in console.rows][4:6] == [99.0, 99.0], "there is no other"
 
 
 def test_metrics_of_a_step_are_fetched_after_the_next_is_dispatched():
