@@ -42,7 +42,8 @@ def main() -> int:
             held_out += len(piece.text.encode())
             tokens += len(tokenizer.encode_batch([piece.text], os.cpu_count())[0])
     print(f"wrote {OUT.value}: {tokenizer.vocab_size} pieces, {tokenizer.fingerprint[:16]}")
-    print(f"held-out text: {held_out / tokens:.3f} bytes/token ({held_out} bytes)")
+    ratio = f"{held_out / tokens:.3f} bytes/token ({held_out} bytes)" if tokens else "none"
+    print(f"held-out text: {ratio}")
     print(f"time: {time.perf_counter() - began:.1f} s")
     return 0
 

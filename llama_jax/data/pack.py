@@ -1,5 +1,7 @@
 """Documents of ids to rows of one length: "concat" and "best_fit". No JAX.
 
+A document begins with bos; a long one comes in several arrays, of which only the first does.
+
 A row holds length+1 tokens, of which the last `length` are targets. Where text is cut the next row
 repeats one token, so that every token but a document's first is a target exactly once.
 """
@@ -18,7 +20,7 @@ class Row(NamedTuple):
 
 
 def concat(
-    documents: Iterator[np.ndarray], length: int, pad: int
+    documents: Iterator[np.ndarray], length: int, bos: int, pad: int
 ) -> Generator[Row, None, tuple[int, int]]:
     """One stream of tokens, split every `length` (LLaMA's packing).
 
@@ -39,7 +41,7 @@ def concat(
 
 
 def best_fit(
-    documents: Iterator[np.ndarray], length: int, pad: int
+    documents: Iterator[np.ndarray], length: int, bos: int, pad: int
 ) -> Generator[Row, None, tuple[int, int]]:
     """Documents whole, each in the open row that it fills best (arXiv:2404.10830), then padding.
 
@@ -49,7 +51,7 @@ def best_fit(
 
     key = "tokens"
     packed = grain.experimental.BestFitPackIterDataset(
-        _stream(_cut(documents, length)),
+        _stream(_cut(documents, length, bos)),
         length_struct={key: length + 1},
         num_packing_bins=OPEN_BINS,
         shuffle_bins=False,
@@ -63,10 +65,18 @@ def best_fit(
     return 0, padding
 
 
-def _cut(documents: Iterator[np.ndarray], length: int) -> Iterator[np.ndarray]:
+def _cut(documents: Iterator[np.ndarray], length: int, bos: int) -> Iterator[np.ndarray]:
+    held = np.empty(0, np.int32)
     for ids in documents:
-        for start in range(0, max(len(ids) - 1, 1), length):
-            yield ids[start : start + length + 1]
+        if ids[0] == bos and len(held):
+            yield held
+            held = held[:0]
+        held = np.concatenate([held, ids])
+        while len(held) > length + 1:
+            yield held[: length + 1]
+            held = held[length:]
+    if len(held):
+        yield held
 
 
 def _stream(documents: Iterator[np.ndarray]):

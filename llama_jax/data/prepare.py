@@ -179,7 +179,9 @@ def _build(folder: str, text: source.Text, data: config.Data, tokenizer, choice,
         for split in source.SPLITS:
             tokenised = _Tokenised(text.read(split), tokenizer, bar.update)
             packed = _Returning(
-                pack.PACKINGS[data.packing](tokenised.ids(), data.seq_len, tokenizer.pad)
+                pack.PACKINGS[data.packing](
+                    tokenised.ids(), data.seq_len, tokenizer.bos, tokenizer.pad
+                )
             )
             shards[split] = rows.write(folder, split, packed, tokenizer.vocab_size)
             dropped, padding = packed.returned

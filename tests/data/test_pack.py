@@ -17,7 +17,7 @@ def documents(lengths):
 
 
 def run(packing, lengths, length):
-    generator, rows = pack.PACKINGS[packing](documents(lengths), length, PAD), []
+    generator, rows = pack.PACKINGS[packing](documents(lengths), length, BOS, PAD), []
     while True:
         try:
             rows.append(next(generator))

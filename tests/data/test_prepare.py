@@ -215,8 +215,10 @@ def test_best_fit_rows_hold_all_the_text(tmp_path):
     assert all(piece.text in kept for piece in text.read("train"))
 
 
-def test_a_long_document_in_pieces_gives_the_same_tokens(tmp_path, monkeypatch):
-    data = data_of(tmp_path, files(write_texts(tmp_path / "t", 2, lines=300)), seq_len=50)
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_a_long_document_in_pieces_gives_the_same_rows(tmp_path, monkeypatch, packing):
+    folder = write_texts(tmp_path / "t", 2, lines=300)
+    data = data_of(tmp_path, files(folder), seq_len=50, packing=packing)
     data = dataclasses.replace(data, tokenizer=config.Tokenizer())
     whole = prepare.prepare(data, 290, quiet)
     monkeypatch.setattr("llama_jax.data.documents.BLOCK", 512)

@@ -1,5 +1,6 @@
 """The command `python -m experiments.train_tokenizer`."""
 
+import json
 import subprocess
 import sys
 
@@ -42,3 +43,13 @@ def test_writes_a_tokenizer_and_says_how_well_it_does(tmp_path, request):
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: a vocabulary of 9000 pieces is too large")
     assert len(failed.stderr.splitlines()) == 1
+
+
+def test_text_of_which_nothing_is_held_out_is_said(tmp_path, request):
+    """One record, which the split gives to training."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "rope gate norm\n" * 90}))
+    (tmp_path / "page.py").write_text(PAGE.format(folder=tmp_path).replace("*.txt", "*.jsonl"))
+    args = [f"--config={tmp_path}/page.py", f"--out={tmp_path}/t.model", "--vocab_size=275"]
+    done = command(request.config.rootpath, *args)
+    assert done.returncode == 0, done.stderr
+    assert "held-out text: none" in done.stdout
