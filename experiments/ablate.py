@@ -28,7 +28,7 @@ from llama_jax.study import grid, record, report, schema
 from llama_jax.train import checkpoint, loop
 
 CONFIG = cli.define_config()
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the study keeps everything it writes.")
+WORKDIR = cli.define_path("workdir", None, "Where the study keeps everything it writes.")
 LIST = flags.DEFINE_bool("list", False, "Print the runs and stop.")
 ONLY = flags.DEFINE_string(
     "only", "", "k/N: every N-th run from the k-th on. Or the name of a run."

@@ -80,17 +80,22 @@ class Chat:
         elif name == "system":
             self.system, self.messages = rest.strip(), []
         elif name == "save" and rest.strip():
-            self.save(Path(rest.strip()))
+            self.save(rest.strip())
         elif name == "help":
             note(HELP)
         elif name != "quit":
             note(f"/{name} is no command, or lacks something\n{HELP}")
         return name
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str) -> None:
+        if why := files.why_not_local(path):
+            note(f"{path} {why}")
+            return
         shown = [{"role": one.role, "content": one.content} for one in self.shown()]
         try:
-            files.write(path.expanduser(), json.dumps(shown, indent=2, ensure_ascii=False) + "\n")
+            files.write(
+                Path(path).expanduser(), json.dumps(shown, indent=2, ensure_ascii=False) + "\n"
+            )
             note(f"saved to {path}")
         except OSError as error:
             note(f"{path} cannot be written: {error.strerror}")

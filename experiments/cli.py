@@ -12,7 +12,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from llama_jax import config
+from llama_jax import config, files
 from llama_jax.analysis import hardware
 
 # What a user can mend: a message, no traceback.
@@ -58,6 +58,24 @@ def define_config() -> flags.FlagHolder:
     flags.FLAGS["config"].parser = _Page("config")
     flags.mark_flag_as_required("config")
     return flag
+
+
+def define_path(
+    name: str, default: str | None, help: str, *, required: bool = False
+) -> flags.FlagHolder:
+    """--name=PATH, a file or folder on this machine; the address of a bucket is refused at once."""
+    return flags.DEFINE(
+        _Path(), name, default, help, serializer=flags.ArgumentSerializer(), required=required
+    )
+
+
+class _Path(flags.ArgumentParser):
+    syntactic_help = "a path"
+
+    def parse(self, argument: str) -> str:
+        if why := files.why_not_local(argument):
+            raise ValueError(why)
+        return argument
 
 
 class _Page(config_flags.config_flags.ConfigFileFlagParser):

@@ -17,13 +17,13 @@ from tqdm import tqdm
 from experiments import cli
 from llama_jax.convert import folder, formats, job, names, stored, targets
 
-FROM = flags.DEFINE_string("from", None, "Folder or file of the weights.", required=True)
-TO = flags.DEFINE_string("to", None, "The folder to make.", required=True)
+FROM = cli.define_path("from", None, "Folder or file of the weights.", required=True)
+TO = cli.define_path("to", None, "The folder to make.", required=True)
 FORMAT = flags.DEFINE_enum("format", "native", tuple(targets.TARGETS), "What to write.")
 FROM_FORMAT = flags.DEFINE_enum(
     "from_format", "", ("", *formats.FORMATS), "What to read; found out when it is empty."
 )
-TOKENIZER = flags.DEFINE_string("tokenizer", "", "Its file, where it is not beside the weights.")
+TOKENIZER = cli.define_path("tokenizer", "", "Its file, where it is not beside the weights.")
 DTYPE = flags.DEFINE_enum(
     "dtype",
     "",

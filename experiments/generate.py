@@ -25,16 +25,16 @@ from llama_jax import config
 from llama_jax.decode.generate import Decoder, Request
 from llama_jax.train import loop
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the model.", required=True)
+CHECKPOINT = cli.define_path("checkpoint", None, "Folder of the model.", required=True)
 PROMPT = flags.DEFINE_string("prompt", None, "The text to continue.")
 CHAT = flags.DEFINE_bool("chat", False, "Talk with the model, on a terminal or through a pipe.")
 SYSTEM = flags.DEFINE_string("system", "", "What the model is told before a chat.")
-INPUT = flags.DEFINE_string("input", None, 'Lines of {"prompt": ...} or {"messages": [...]}.')
-OUTPUT = flags.DEFINE_string("output", None, "Lines in the order of --input, with the texts.")
+INPUT = cli.define_path("input", None, 'Lines of {"prompt": ...} or {"messages": [...]}.')
+OUTPUT = cli.define_path("output", None, "Lines in the order of --input, with the texts.")
 DATE = flags.DEFINE_string(
     "date", "", "YYYY-MM-DD: the day that a chat template is told; without, what it says by itself."
 )
-DRAFT = flags.DEFINE_string("draft", None, "Folder of a small model that proposes.")
+DRAFT = cli.define_path("draft", None, "Folder of a small model that proposes.")
 PROPOSALS = flags.DEFINE_integer("proposals", 4, "Tokens that --draft is ahead.", lower_bound=1)
 CONFIG = cli.define_parts(decode=config.Decode(), mesh=config.Mesh())
 

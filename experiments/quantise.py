@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import flags
 from tqdm import tqdm
 
 from experiments import cli, hosts, loading
@@ -33,9 +32,9 @@ from llama_jax.model.transformer import Transformer
 from llama_jax.quant.network import quantise, scheme
 from llama_jax.tokenizer.base import Tokenizer
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the model.", required=True)
-TO = flags.DEFINE_string("to", None, "The folder to make.", required=True)
-TEXT = flags.DEFINE_string("text", "", "A text file: calibrates, its last tenth is measured.")
+CHECKPOINT = cli.define_path("checkpoint", None, "Folder of the model.", required=True)
+TO = cli.define_path("to", None, "The folder to make.", required=True)
+TEXT = cli.define_path("text", "", "A text file: calibrates, its last tenth is measured.")
 CONFIG = cli.define_parts(quant=config.Quant(), mesh=config.Mesh())
 MEASURED = 128  # rows
 AT_ONCE = 8192  # tokens that go through the network together

@@ -16,14 +16,14 @@ from absl import flags
 from experiments import cli
 from llama_jax.analysis import runcard, scaling
 
-RUNS = flags.DEFINE_string("runs", "", "A glob of workdirs with run cards.")
+RUNS = cli.define_path("runs", "", "A glob of workdirs with run cards.")
 LAW = flags.DEFINE_string("law", "", "E,A,B,alpha,beta; or chinchilla. Instead of --runs.")
 PREDICT = flags.DEFINE_string("predict", "", "N,D: the loss of so many parameters and tokens.")
 PLAN = flags.DEFINE_string(
     "plan", "", "FLOPs, with commas: runs at equal FLOPs around the best size."
 )
 DRAWS = flags.DEFINE_integer("draws", 200, "Bootstrap samples for the intervals.", lower_bound=20)
-OUTPUT = flags.DEFINE_string("output", "", "Folder for scaling.json and scaling.png.")
+OUTPUT = cli.define_path("output", "", "Folder for scaling.json and scaling.png.")
 SIZES = ("dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim")
 FEW = 10
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import flags
 
 from experiments import cli, hosts, session
 from experiments.lease import Lease
@@ -25,7 +24,7 @@ from llama_jax.decode.generate import Decoder, Request
 from llama_jax.train import checkpoint, loop, metrics
 
 CONFIG = cli.define_config()
-WORKDIR = flags.DEFINE_string(
+WORKDIR = cli.define_path(
     "workdir", None, "Where the run keeps everything it writes.", required=True
 )
 

@@ -22,7 +22,7 @@ from llama_jax.tokenizer import sp
 
 CONFIG = cli.define_config()
 VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 0, "Pieces; 0: model.vocab_size of the config.")
-OUT = flags.DEFINE_string("out", None, "The file to write.", required=True)
+OUT = cli.define_path("out", None, "The file to write.", required=True)
 
 
 def main() -> int:

@@ -17,6 +17,8 @@ from typing import Any
 
 import ml_collections
 
+from llama_jax import files
+
 
 def choose(slots, name: str, place: str):
     """`slots[name]`, or `name` itself of a plain collection; ValueError with the nearest otherwise."""
@@ -52,6 +54,12 @@ def check_seed(seed: int, place: str) -> None:
     """ValueError if JAX would take it for another one: its keys have 32 bits."""
     if not 0 <= seed < 2**32:
         raise ValueError(f"{place}={seed} must be from 0 to {2**32 - 1}; try {seed % 2**32}")
+
+
+def _local(part, place, *names):
+    for name in names:
+        if why := files.why_not_local(getattr(part, name)):
+            raise ValueError(f"{place}.{name}={getattr(part, name)!r} {why}")
 
 
 def _divides(small_place, small, large_place, large):
@@ -203,6 +211,7 @@ class Tokenizer:
 
     def __post_init__(self):
         choose(("byte", "sp", "bpe"), self.kind, "data.tokenizer.kind")
+        _local(self, "data.tokenizer", "path")
         if self.kind == "byte" and self.path:
             raise ValueError(
                 f"data.tokenizer.path={self.path!r} has no effect on kind 'byte'; set kind 'sp' or 'bpe'"
@@ -238,6 +247,7 @@ class Source:
             )
         if self.kind != "stdlib" and not self.path:
             raise ValueError(f"{place}.path='' must be set for kind {self.kind!r}")
+        _local(self, place, "path")
         _positive(self, place, "weight")
 
 
@@ -255,6 +265,7 @@ class Data:
 
     def __post_init__(self):
         _positive(self, "data", "seq_len", "threads")
+        _local(self, "data", "cache")
         choose(("concat", "best_fit"), self.packing, "data.packing")
         choose(("none", "document"), self.segments, "data.segments")
         if not 0 < self.validation_fraction < 1:

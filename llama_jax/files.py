@@ -30,3 +30,21 @@ def committed(folder: Path) -> list[int]:
         for path in folder.glob("*")
         if path.name.isdigit() and (path / COMMIT).is_file()
     )
+
+
+def why_not_local(path: str) -> str:
+    """What to do with the address of a bucket where a path is wanted; "" for a path.
+
+    `gs://b/x` would become a folder `gs:` here, and what is written there is lost to whoever looks into b.
+    """
+    scheme, mark, rest = path.partition("://")
+    if not mark:
+        return ""
+    if scheme != "gs":
+        return "must be a path on this machine; mount what it names, or copy it"
+    bucket, _, inside = rest.partition("/")
+    mounted = f"~/bucket/{inside}" if inside else "~/bucket/NAME"
+    return (
+        f"must be a path on this machine; mount the bucket with `mkdir -p ~/bucket && gcsfuse "
+        f"--implicit-dirs {bucket} ~/bucket` and give {mounted}"
+    )

@@ -69,8 +69,6 @@ def _stdlib(source: config.Source, fraction: float, cache: str) -> Text:
 
 def _files(source: config.Source, fraction: float, cache: str) -> Text:
     place = f"data.sources.{source.name}.path={source.path!r}"
-    if "://" in source.path:
-        raise ValueError(f"{place} must be a path on this machine; mount the bucket (gcsfuse)")
     pattern = os.path.abspath(os.path.expanduser(source.path))
     if os.path.isdir(pattern):
         raise ValueError(

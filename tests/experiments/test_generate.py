@@ -210,7 +210,9 @@ def test_a_draft_says_the_same(model, tmp_path):
 
 
 def test_a_chat_through_a_pipe(model, tmp_path):
-    talk = f"hello\n/save {tmp_path / 'said.json'}\n/rest\n/system be brief\nagain\n"
+    talk = (
+        f"hello\n/save {tmp_path / 'said.json'}\n/save gs://b/x\n/rest\n/system be brief\nagain\n"
+    )
 
     flags = ["--chat", "--config.decode.max_new_tokens=20"]
     done = helpers.run("generate", f"--checkpoint={model}", *flags, stdin=talk)
@@ -218,6 +220,7 @@ def test_a_chat_through_a_pipe(model, tmp_path):
     assert "nothing in the checkpoint says that it was trained to chat" in done.stderr
     assert "using the form of Llama 2" in done.stderr
     assert "/rest is no command" in done.stderr
+    assert "gs://b/x must be a path on this machine" in done.stderr
     saved = json.loads((tmp_path / "said.json").read_text())
     assert [one["role"] for one in saved] == ["user", "assistant"]
     assert saved[0]["content"] == "hello"

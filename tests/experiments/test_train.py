@@ -272,6 +272,7 @@ ERRORS = {
     "no corpus": (["--config.data.sources.corpus.path=/nowhere/*.txt"], 1, "/nowhere/*.txt"),
     "source": (["--config.data.sources.boks.weight=2"], 2, "there is no source 'boks' but corpus; a new one needs"),
     "choice": (["--config.optim.name=adamm"], 1, "optim.name='adamm' is not one of adamw, lion, adafactor, muon; nearest: 'adamw'"),
+    "bucket": (["--workdir=gs://b/run"], 2, "--workdir=gs://b/run: must be a path on this machine; mount the bucket with"),
     "argument": (["stray"], 2, "unexpected argument 'stray'"),
 }  # fmt: skip
 
