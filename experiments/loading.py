@@ -1,5 +1,6 @@
 """A trained network, its tokenizer and what it was trained for, ready to go on with texts."""
 
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -35,6 +36,8 @@ def load(folder: Path, decode: config.Decode, mesh: config.Mesh) -> Loaded:
     """ValueError if the folder has no network or no tokenizer."""
     folder = folder.expanduser().absolute()
     model, context, tokenizer = settings(folder)
+    if decode.compute_dtype != "stored":
+        model = dataclasses.replace(model, compute_dtype=decode.compute_dtype)
     module = transformer.build(model, sharding.make(mesh, jax.devices()))
     engine = Engine(module, native.load(folder, module), decode)
     ends = end_tokens(folder, tokenizer, decode.stop_tokens)

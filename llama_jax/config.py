@@ -408,8 +408,10 @@ class Decode:
     cache: str = (
         "compute"  # what keys and values are kept in: "compute" (its dtype), "bfloat16" or "int8"
     )
+    compute_dtype: str = "stored"  # "stored": that of the checkpoint's model; "float32", "bfloat16"
 
     def __post_init__(self):
+        choose(("stored", "float32", "bfloat16"), self.compute_dtype, "decode.compute_dtype")
         _positive(self, "decode", "max_new_tokens", "repetition_penalty", "samples", "rows")
         _not_negative(self, "decode", "temperature", "top_k")
         if 0 < self.temperature < 1e-6 or not math.isfinite(self.temperature):

@@ -1,6 +1,7 @@
 """The destination of a conversion: prepared beside its final name, completed, renamed at the very end."""
 
 import contextlib
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 
 from llama_jax import config
 from llama_jax.convert import formats, hf, job, meta_params, native, stage, targets
-from llama_jax.convert.source import Source
+from llama_jax.convert.source import Source, compute_dtype
 from llama_jax.tokenizer.hf import hf_files
 
 JOURNAL = 2  # raise it when what a journal vouches for is written otherwise
@@ -29,6 +30,9 @@ def convert(source: Source, to: Path, kind: str, dtype: np.dtype | None, progres
     config.choose(CHECKS, kind, "--format")(source.model)
     place = stage.check(to, source.files, job.is_unfinished)
     dtypes = {name: dtype or own for name, own in source.dtypes.items()}
+    if dtype is not None:
+        computed = dataclasses.replace(source.model, compute_dtype=compute_dtype(dtypes))
+        source = dataclasses.replace(source, model=computed)
     beside = small_files(source, kind, dtypes, report)
     _announce_context(source, kind, report)
     with stage.held(place, to):

@@ -33,6 +33,12 @@ def open_folder(folder: Path, tokenizer: Tokenizer | None, pieces: int) -> Sourc
     _check_names(model, shards)
     _check_distinct(model, shards)
     dtypes = {name: stored[0].dtype for name, (stored, _) in parts.items()}
+    if params["norm_eps"] == 1e-6 and dtypes["model.embed_tokens.weight"].name == "bfloat16":
+        # LLaMA 1's are float16 (meta-llama/llama#771).
+        notes += (
+            "norm_eps 1e-06 is LLaMA 1's, weights in bfloat16 are Llama 2's: if these are Llama-2-7b-chat as "
+            "first published, set norm_eps to 1e-05 in params.json, as Meta did; then it has 4096 positions",
+        )
     return Source(
         "meta",
         dataclasses.replace(model, compute_dtype=compute_dtype(dtypes)),
@@ -151,8 +157,8 @@ def _missing(part: int, count: int, wanted: int) -> str:
 
 
 def _tied(shards) -> bool:
-    """Whether there is no output matrix beside the embedding's; the same in every part."""
-    own = ["output.weight" in shard and not _same_place(shard) for shard in shards]
+    """Whether there is no output matrix beside the embedding's, or a copy; the same in every part."""
+    own = ["output.weight" in shard and not _is_copy(shard) for shard in shards]
     if any(own) and not all(own):
         with_it, without = (shards[own.index(has)] for has in (True, False))
         raise ValueError(
@@ -166,10 +172,10 @@ def _file(shard: dict[str, Stored]) -> Path:
     return next((tensor.file for tensor in shard.values()), Path("a file without tensors"))
 
 
-def _same_place(shard: dict[str, Stored]) -> bool:
-    """Tied matrices are saved as one storage under two names."""
+def _is_copy(shard: dict[str, Stored]) -> bool:
+    """Tied matrices are saved as one storage under two names; saved again, often as two equal ones."""
     embed, output = shard.get("tok_embeddings.weight"), shard["output.weight"]
-    return embed is not None and (embed.offset, embed.shape) == (output.offset, output.shape)
+    return embed is not None and embed.same(output)
 
 
 def _parts(unit: Unit, model: config.Model, shards) -> tuple[list[Stored], int]:

@@ -59,11 +59,16 @@ def ffn_width(params: dict) -> int:
 
 
 def context_of(params: dict) -> int:
-    """Positions trained for, by the papers: LLaMA 2048, Llama 2 4096, Llama 3 8192, 3.1 131072."""
+    """Positions trained for, by the papers: LLaMA 2048, Llama 2 4096, Llama 3 8192, 3.1 131072.
+
+    Code Llama (arXiv:2308.12950 section 2.4): 16384, with a rotary base of 1e6.
+    """
     if params.get("use_scaled_rope"):
         return 131_072
     if params.get("rope_theta", 10_000.0) == 500_000.0:
         return 8192
+    if params.get("rope_theta", 10_000.0) == 1_000_000.0:
+        return 16_384
     largest_of_llama1 = params["n_layers"] == 80 and not params.get("n_kv_heads")
     return 2048 if params["norm_eps"] == 1e-6 or largest_of_llama1 else 4096
 

@@ -44,8 +44,12 @@ class Source:
 
 
 def compute_dtype(dtypes: dict[str, np.dtype]) -> str:
-    """The dtype to compute in: that of the weights, bfloat16 for float16's range."""
-    return "float32" if any(d.name == "float32" for d in dtypes.values()) else "bfloat16"
+    """The dtype to compute in: that of the matrices, bfloat16 for float16's range.
+
+    Norms are often kept in float32 beside matrices in bfloat16, and are computed in float32 anyway.
+    """
+    matrices = [dtype.name for name, dtype in dtypes.items() if not name.endswith("norm.weight")]
+    return "float32" if "float32" in matrices else "bfloat16"
 
 
 def tokenizer_of(content: bytes) -> Tokenizer:

@@ -54,6 +54,8 @@ class Stored(NamedTuple):
         """Whether two matrices are equal bit by bit; read a block at a time."""
         if (self.shape, self.dtype) != (other.shape, other.dtype):
             return False
+        if (self.file, self.offset) == (other.file, other.offset):
+            return True
         step = max(_COMPARED * self.shape[0] // max(self.nbytes, 1), 1)
         return all(
             self.rows(start, min(start + step, self.shape[0])).tobytes()

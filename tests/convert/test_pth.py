@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -200,3 +201,44 @@ def test_a_vocabulary_of_minus_one_is_that_of_the_tokenizer(tmp_path, shared):
     source = formats.open_checkpoint(tmp_path / "models/7B", "", str(tmp_path / "tokenizer.bin"))
     assert source.model.vocab_size == 512
     assert any("512 pieces of the tokenizer" in note for note in source.notes)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_an_output_matrix_that_is_a_copy_of_the_embedding_is_tied(tmp_path, parts, monkeypatch):
+    """As of a Llama 3.2 1B that was saved again: two storages, and the rope factor is that of tied ones."""
+    own = synthetic.tensor
+    model = dataclasses.replace(MODEL, rope=config.Rope(theta=5e5, factor=32.0))
+
+    def copied(unit, *rest):
+        return own(
+            names.unit_of(names.TABLE[0], 0, model) if unit.row.path == "output" else unit, *rest
+        )
+
+    monkeypatch.setattr(synthetic, "tensor", copied)
+    synthetic.write(tmp_path / "meta", model, parts, np.dtype(np.float16))
+    file = tmp_path / "meta/params.json"
+    params = json.loads(file.read_text())
+    del params["rope_scaling_factor"]
+    file.write_text(json.dumps(params))
+    found = formats.open_checkpoint(tmp_path / "meta", "", "").model
+    assert (found.output, found.rope.factor) == ("tied", 32.0)
+
+
+@pytest.mark.parametrize(
+    ("others", "context"),
+    [
+        ({"norm_eps": 1e-5, "rope_theta": 1e6}, 16_384),  # Code Llama
+        ({"norm_eps": 1e-6}, 2048),
+        ({"norm_eps": 1e-5}, 4096),
+    ],
+)
+def test_positions_by_the_other_settings(others, context):
+    assert meta_params.context_of({"n_layers": 32, **others}) == context
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_the_first_chat_model_of_llama2_is_asked_for_its_epsilon(tmp_path, dtype):
+    model = dataclasses.replace(MODEL, norm_eps=1e-6)
+    synthetic.write(tmp_path / "meta", model, 1, np.dtype(dtype))
+    notes = formats.open_checkpoint(tmp_path / "meta", "", "").notes
+    assert any("norm_eps to 1e-05" in note for note in notes) == (dtype is ml_dtypes.bfloat16)

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import synthetic
 from llama_jax import config, sharding, tree
-from llama_jax.convert import folder, formats, job, names, native
+from llama_jax.convert import folder, formats, job, names, native, stored
 from llama_jax.model import transformer
 from tests.convert import small
 from tests.convert.small import MODEL
@@ -254,3 +254,30 @@ def test_small_files_of_hugging_face_leave_as_they_came(tmp_path):
         assert (tmp_path / "back" / name).read_bytes() == (came / name).read_bytes()
     settings = json.loads((tmp_path / "back/config.json").read_text())
     assert (settings["eos_token_id"], settings["bos_token_id"]) == ([3, 5], 1)
+
+
+def narrow_with_wide_norms():
+    return {
+        name: array if "norm" in name else array.astype(ml_dtypes.bfloat16)
+        for name, array in small.state().items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("tensors", "dtype", "computed"),
+    [
+        (small.state(), None, "float32"),
+        (small.state(), "bfloat16", "bfloat16"),
+        (small.state(dtype=np.float16), None, "bfloat16"),
+        (small.state(dtype=np.float16), "float32", "float32"),
+        (narrow_with_wide_norms(), None, "bfloat16"),  # common in fine-tunes
+    ],
+    ids=["float32", "rounded", "float16", "float16 kept", "norms in float32"],
+)
+def test_what_is_computed_in_follows_the_dtype_of_the_matrices(tmp_path, tensors, dtype, computed):
+    came = small.hf(tmp_path / "hf", tensors)
+    dtype = next((d for d in stored.DTYPES.values() if d.name == dtype), None)
+    found = small.convert(came, tmp_path / "native", "native", dtype)
+    assert found.model.compute_dtype == computed
+    small.convert(tmp_path / "native", tmp_path / "again", "native")
+    assert native.settings(tmp_path / "again")[0].compute_dtype == computed

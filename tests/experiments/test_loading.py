@@ -1,9 +1,12 @@
 import json
 
+import numpy as np
 import pytest
 
 from experiments import loading
+from llama_jax import config
 from llama_jax.tokenizer import byte
+from tests.convert import small
 
 
 @pytest.fixture
@@ -36,3 +39,14 @@ def test_what_does_not_fit_is_told_what_would(prompt, new, way):
     with pytest.raises(ValueError, match=way):
         loading.fit(prompt, new, 100, "--prompt")
     loading.fit(90, 10, 100, "--prompt")
+
+
+@pytest.mark.parametrize("chosen", ["stored", "float32", "bfloat16"])
+def test_the_dtype_computed_in_can_be_chosen(tmp_path, chosen):
+    """A network stored in float16 is computed in bfloat16, which keeps 7 of its 10 bits."""
+    came = small.hf(tmp_path / "hf", small.state(dtype=np.float16))
+    (came / "tokenizer.model").write_bytes(small.sentencepiece(40))
+    small.convert(came, tmp_path / "native", "native")
+    decode = config.Decode(compute_dtype=chosen)
+    module = loading.load(tmp_path / "native", decode, config.Mesh()).engine.module
+    assert module.config.compute_dtype == ("bfloat16" if chosen == "stored" else chosen)
