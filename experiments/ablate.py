@@ -66,6 +66,7 @@ def main() -> int:
         print("\n".join(describe(study, found)))
     start = time.perf_counter()
     prepared = session.prepare_once(study.base.data, study.base.model.vocab_size)
+    hosts.together(lambda: check_text(study, found, workdir, prepared))
     rows = held_out(study, prepared)
     view = overview.Overview(workdir, runs, quiet=not hosts.first())
     with loop.Interrupt() as interrupt, view:
@@ -188,6 +189,18 @@ def claim(workdir: Path, study: schema.Study, found: list, must_exist: bool = Fa
             files.write(path, json.dumps(ours, indent=2) + "\n")
         except OSError as error:
             raise ValueError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
+
+
+def check_text(study, found, workdir, prepared) -> None:
+    """ValueError if runs of the study have read other text."""
+    for cell, seed in grid.runs(study, found):
+        card = runcard.read(record.folder(workdir, cell, seed))
+        if card and card["provenance"]["data"] != prepared.fingerprint:
+            raise ValueError(
+                f"the text has changed: {grid.name_of(cell, seed)} was trained on data "
+                f"{card['provenance']['data']}, now it is {prepared.fingerprint}; give a new --workdir, or "
+                "bring the old text back"
+            )
 
 
 def differences(old: dict, new: dict) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from experiments import hosts, provenance
 from experiments.lease import Held, Lease
@@ -22,7 +23,7 @@ from llama_jax import config, files, sharding, tree
 from llama_jax.analysis import flops, hardware, memory, runcard
 from llama_jax.convert import native
 from llama_jax.data import iterator, mixture, prepare
-from llama_jax.train import checkpoint, loop, metrics
+from llama_jax.train import checkpoint, loop, metrics, optim
 from llama_jax.train import program as programs
 from llama_jax.train import state as train_state
 
@@ -89,12 +90,54 @@ def check_writable(workdir: Path) -> None:
 
 
 def check_same(workdir: Path, run: config.Run) -> None:
-    """ValueError if the workdir is another run's."""
-    path = workdir / "run.json"
-    if files.committed(workdir / "checkpoints") and path.exists():
-        differing = config.diff(config.from_dict(json.loads(path.read_text())), run, essential=True)
-        if differing:
-            raise another(workdir, "run", differing)
+    """ValueError if the workdir is another run's.
+
+    More steps, and another end of the schedule, are the same run where no step that was made would have
+    had another learning rate.
+    """
+    path, steps = workdir / "run.json", files.committed(workdir / "checkpoints")
+    if not steps or not path.exists():
+        return
+    old = config.from_dict(json.loads(path.read_text()))
+    differing = config.diff(old, run, essential=True)
+    if any(line.partition(":")[0] not in AHEAD for line in differing):
+        raise another(workdir, "run", differing)
+    if differing:
+        check_schedule(workdir, old, run, steps, ", ".join(differing))
+
+
+# Settings that are read by the schedule alone, and that some schedules read late.
+AHEAD = ("train.steps", "optim.schedule", "optim.final_fraction", "optim.decay_fraction")
+
+
+def check_schedule(
+    workdir: Path, old: config.Run, new: config.Run, steps: list[int], changes: str
+) -> None:
+    """ValueError unless the steps up to the newest checkpoint have the learning rates that they had."""
+    reached = steps[-1]
+    if new.train.steps < reached:
+        raise ValueError(
+            f"--workdir={workdir} is at step {reached} already, beyond train.steps={new.train.steps}; "
+            "give a new --workdir, or more steps"
+        )
+    was, would = (optim.rates(run.optim, run.train.steps, reached) for run in (old, new))
+    (others,) = np.nonzero(was != would)
+    if not others.size:
+        return
+    first = int(others[0])
+    before = [step for step in steps if step <= first]
+    way = (
+        f"; or move the checkpoints after {before[-1]} out of {workdir / 'checkpoints'}, to go on from there"
+        if before
+        else ""
+    )
+    raise ValueError(
+        f"--workdir={workdir} is at step {reached}, and with {changes} step {first + 1} would have had the "
+        f"learning rate {would[first]:.4g} instead of {was[first]:.4g}: optim.schedule="
+        f"{new.optim.schedule!r} looks ahead. A run can be given more steps with 'inverse_sqrt', and with "
+        "'wsd' before its decay begins; give a new --workdir, or the settings of the run that is there"
+        f"{way}"
+    )
 
 
 def another(workdir: Path, what: str, differing: list[str]) -> ValueError:
@@ -206,6 +249,8 @@ def train(
     done = first
     try:
         if first < run.train.steps:
+            if hosts.first():
+                runcard.retire(workdir)
             cut = first % run.eval.every == 0 and bool(row_of(workdir, first))
             if hosts.first_says(cut):
                 complete(first, state.params)

@@ -11,6 +11,7 @@ value, place, rule and the nearest valid value.
 import dataclasses
 import difflib
 import math
+import re
 import typing
 from collections.abc import Sequence
 from typing import Any
@@ -582,14 +583,18 @@ HOW = (
 )
 
 
+# Settings that say where text lies. What it says is compared, by the fingerprint that checkpoints keep.
+WHERE = re.compile(r"data\.tokenizer\.path|data\.sources\..*\.(kind|path|text_field)")
+
+
 def diff(old: Run, new: Run, essential: bool = False) -> list[str]:
-    """One line a differing field: `model.dim: 4096 -> 5120`; essential: those of `HOW` left out."""
+    """One line a differing field: `model.dim: 4096 -> 5120`; essential: those of `HOW`, `WHERE` left out."""
     old_flat, new_flat = flatten(old), flatten(new)
     return [
         f"{place}: {old_flat.get(place, 'absent')} -> {new_flat.get(place, 'absent')}"
         for place in dict.fromkeys((*old_flat, *new_flat))
         if old_flat.get(place, "absent") != new_flat.get(place, "absent")
-        and not (essential and place.startswith(HOW))
+        and not (essential and (place.startswith(HOW) or WHERE.fullmatch(place)))
     ]
 
 

@@ -74,8 +74,22 @@ def test_how_a_run_is_carried_out_may_change():
     assert config.diff(old, new, essential=True) == ["optim.learning_rate: 0.0003 -> 0.0001"]
 
 
+def test_where_text_lies_is_not_what_it_says():
+    """Checkpoints know the text by its fingerprint."""
+    old = Run(data=Data(sources=(Source("a.b", "files", "/x/*.txt"),)))
+    moved = (Source("a.b", "rows", "/y"),)
+    tokenizer = Tokenizer("sp", "/y/tokenizer.model")
+    new = dataclasses.replace(old, data=Data(sources=moved, tokenizer=tokenizer))
+    assert len(config.diff(old, new)) == 3
+    assert config.diff(old, new, essential=True) == []
+    heavier = (Source("a.b", "rows", "/y", weight=2.0),)
+    new = dataclasses.replace(old, data=Data(sources=heavier))
+    assert config.diff(old, new, essential=True) == ["data.sources.a.b.weight: 1.0 -> 2.0"]
+
+
 def test_names_of_the_how_exist():
     fields = config.flatten(Run())
+    assert any(config.WHERE.fullmatch(field) for field in fields)
     for name in config.HOW:
         assert any(field.startswith(name) for field in fields), name
 

@@ -69,6 +69,14 @@ def read(folder: Path) -> dict[str, Any] | None:
     return card if isinstance(card, dict) else None
 
 
+def retire(folder: Path) -> None:
+    """Rename the card of a run that goes on to more steps, so that it is not taken for the end's."""
+    card = read(folder)
+    for path in (folder / FILE, folder / "runcard.md"):
+        if path.exists():
+            path.replace(path.with_stem(f"{path.stem}-{card['steps'] if card else 'torn'}"))
+
+
 def markdown(card: dict[str, Any]) -> str:
     hardware = card["hardware"]
     power = f"{hardware['watts']:g} W each" if hardware["watts"] else "power unknown"

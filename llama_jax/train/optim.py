@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from llama_jax import config, dims
@@ -37,6 +38,11 @@ def schedule(optim: config.Optim, steps: int) -> optax.Schedule:
         ],
         [optim.warmup_steps],
     )
+
+
+def rates(optim: config.Optim, steps: int, count: int) -> np.ndarray:
+    """The learning rates of the first `count` steps, float32."""
+    return np.asarray(jax.vmap(schedule(optim, steps))(np.arange(count, dtype=np.int32)))
 
 
 def _adamw(optim, rate, letters):

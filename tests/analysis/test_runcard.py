@@ -59,6 +59,20 @@ def test_a_card_is_there_whole_and_last_or_not_at_all(tmp_path, monkeypatch):
     assert runcard.read(tmp_path) is None, "the file that says so is written last"
 
 
+def test_a_retired_card_keeps_its_steps(tmp_path):
+    runcard.retire(tmp_path)
+    runcard.write(card(), tmp_path)
+    runcard.retire(tmp_path)
+    assert runcard.read(tmp_path) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "runcard-100.json",
+        "runcard-100.md",
+    ]
+    (tmp_path / "runcard.json").write_text("{")
+    runcard.retire(tmp_path)
+    assert (tmp_path / "runcard-torn.json").exists()
+
+
 def test_the_plot_is_a_picture_of_the_rows(tmp_path):
     rows = [{"tokens": 10 * n, "loss": 5 / n} for n in range(1, 9)]
     rows[3]["validation_loss"] = 1.4

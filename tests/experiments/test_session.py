@@ -9,7 +9,7 @@ import pytest
 
 from experiments import lease as lease_module
 from experiments import session
-from llama_jax import config
+from llama_jax import config, files
 from llama_jax.data import iterator
 from llama_jax.train import checkpoint, loop, metrics
 from llama_jax.train.loss import Sums
@@ -202,3 +202,71 @@ def test_validation_is_the_mean_over_sources_and_bits_are_of_each_sources_own_te
     )
     alone = session.measured("unigram", {"prose": 2.5}, bytes_per_token)
     assert alone == pytest.approx({"unigram_loss": 2.5, "unigram_bits_per_byte": prose})
+
+
+def run_of(steps, **optim):
+    """A run of so many steps with a warm-up of 10."""
+    optim = {"schedule": "wsd", "warmup_steps": 10, **optim}
+    return config.Run(train=config.Train(steps=steps), optim=config.Optim(**optim))
+
+
+def workdir_of(tmp_path, run, *steps):
+    """A workdir with checkpoints of these steps."""
+    for step in steps:
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+        (tmp_path / "checkpoints" / str(step) / files.COMMIT).touch()
+    (tmp_path / "run.json").write_text(json.dumps(config.to_dict(run)))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        # The decay of wsd begins at step 10 + 0.9 * 90 = 91.
+        (run_of(100), run_of(500)),
+        (run_of(100), run_of(500, decay_fraction=0.5)),
+        (run_of(500), run_of(100)),
+        (run_of(100, schedule="inverse_sqrt"), run_of(500, schedule="inverse_sqrt")),
+        (run_of(100, schedule="cosine", final_fraction=1.0), run_of(500)),
+    ],
+)
+def test_a_run_gets_more_steps_where_none_would_have_been_made_otherwise(tmp_path, old, new):
+    session.check_same(workdir_of(tmp_path, old, 60, 90), new)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (run_of(100, schedule="cosine"), run_of(500, schedule="cosine"),
+         r"is at step 90, and with train.steps: 100 -> 500 step 12 would have had the learning rate 0.0003 "
+         r"instead of 0.0002999: optim.schedule='cosine' looks ahead. A run can be given more steps with "
+         r"'inverse_sqrt', and with 'wsd' before its decay begins; give a new --workdir, or .* is there$"),
+        (run_of(80), run_of(500), r"or move the checkpoints after 60 out of .*/checkpoints, to go on from there$"),
+        (run_of(100), run_of(89), r"is at step 90 already, beyond train.steps=89; give a new --workdir, or more"),
+        (run_of(100), run_of(500, learning_rate=0.1), r"holds another run; it differs in\n  optim.learning_rate"),
+    ],
+)  # fmt: skip
+def test_more_steps_are_refused_where_earlier_ones_would_have_been_others(
+    tmp_path, old, new, message
+):
+    with pytest.raises(ValueError, match=message):
+        session.check_same(workdir_of(tmp_path, old, 60, 90), new)
+
+
+def test_during_the_warm_up_any_schedule_may_change(tmp_path):
+    old, new = run_of(100, schedule="cosine"), run_of(500, schedule="linear")
+    session.check_same(workdir_of(tmp_path, old, 5, 10), new)
+
+
+def test_the_card_of_a_run_that_goes_on_is_not_taken_for_its_end(monkeypatch, tmp_path):
+    (tmp_path / "runcard.json").write_text('{"steps": 7}')
+    (tmp_path / "runcard.md").write_text("of 7 steps")
+
+    def run_loop(run, state, *_, **__):
+        return state, 8
+
+    play(monkeypatch, tmp_path, run_loop, Checkpoints(), first=7)
+    assert sorted(path.name for path in tmp_path.glob("runcard*")) == [
+        "runcard-7.json",
+        "runcard-7.md",
+    ]

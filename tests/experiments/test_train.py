@@ -242,6 +242,29 @@ def test_another_runs_workdir_is_refused_with_the_difference(reference):
 
 
 @pytest.mark.slow
+def test_a_finished_run_gets_more_steps_and_its_text_may_have_moved(tmp_path):
+    """It ends as the run that had them from the beginning, bit for bit."""
+    schedule = ("--config.optim.schedule=inverse_sqrt", "--config.optim.final_fraction=0.1")
+    args = helpers.arguments(tmp_path, *schedule)
+    longer = helpers.arguments(tmp_path, *schedule, workdir="longer")
+    assert helpers.run("train", *args, "--config.train.steps=12").returncode == 0
+    whole = helpers.run("train", *longer, "--config.train.steps=18")
+    assert whole.returncode == 0, whole.stderr
+    (tmp_path / "elsewhere").mkdir()
+    moved = (tmp_path / "corpus.txt").rename(tmp_path / "elsewhere" / "corpus.txt")
+    there = f"--config.data.sources.corpus.path={moved}"
+    done = helpers.run("train", *args, "--config.train.steps=18", there)
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step 12" in done.stdout
+    assert losses(tmp_path / "run") == losses(tmp_path / "longer")
+    cards = [
+        json.loads((tmp_path / name).read_text())["steps"]
+        for name in ("run/runcard-12.json", "run/runcard.json")
+    ]
+    assert cards == [12, 18]
+
+
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_checkpoint_and_fails(tmp_path):
     """A limit on the size of a file stands for the disk: the second save meets it."""
     args = helpers.arguments(

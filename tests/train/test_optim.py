@@ -206,3 +206,11 @@ def test_adamw_agrees_with_a_recorded_torch_run(shared):
     w = jnp.asarray(z["w0"])
     (w, _), _ = jax.lax.scan(one, (w, tx.init(w)), jnp.asarray(z["x"]))
     np.testing.assert_allclose(w, z["torch_final"], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", optim.SCHEDULES)
+def test_rates_are_those_of_one_step_after_another(name):
+    options = config.Optim(learning_rate=0.5, schedule=name, warmup_steps=3)
+    each = optim.schedule(options, 20)
+    rates = optim.rates(options, 20, 15)
+    np.testing.assert_array_equal(rates, np.array([each(jnp.int32(n)) for n in range(15)]))
