@@ -15,7 +15,7 @@ from llama_jax import config
 from llama_jax.convert import json_file, names, pth, safetensors
 from llama_jax.convert.names import Unit
 from llama_jax.convert.source import Source, Tokenizer, compute_dtype, naming
-from llama_jax.convert.stored import Stored
+from llama_jax.convert.stored import TABLES, Stored
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -32,10 +32,9 @@ CARRIED = ("config.json", "generation_config.json", *TOKENIZER)
 def open_folder(folder: Path, tokenizer: Tokenizer | None) -> Source:
     settings = json_file.read(folder / "config.json")
     model, context = model_of(settings, folder / "config.json")
-    found = _tensors(folder)
-    dropped = [name for name in found if name.endswith("rotary_emb.inv_freq")]
-    for name in dropped:
-        del found[name]
+    found = _named(_tensors(folder))
+    if model.output == "tied" and _EMBED not in found and _HEAD in found:
+        found[_EMBED] = found.pop(_HEAD)  # safetensors keeps one name of two, the first
     if model.layers > len(found):
         raise ValueError(
             f"{folder / 'config.json'}: num_hidden_layers={model.layers} is beyond the {len(found)} "
@@ -44,13 +43,15 @@ def open_folder(folder: Path, tokenizer: Tokenizer | None) -> Source:
     stored = {}
     for unit in names.units(model):
         if unit.hf not in found:
-            raise ValueError(f"{folder} lacks {unit.hf}")
+            raise ValueError(f"{folder} lacks {unit.hf}{_instead(settings, found)}")
         stored[unit.hf] = found.pop(unit.hf)
         stored[unit.hf].check_shape(names.torch_shape(unit.row, model))
     if model.output == "tied":
-        _drop_copy(found, stored["model.embed_tokens.weight"])
+        _drop_copy(found, stored[_EMBED])
     for name, tensor in found.items():
-        raise ValueError(f"{tensor.file}: {name} is not a tensor of a text LLaMA")
+        raise ValueError(
+            f"{tensor.file}: {name} is not a tensor of a text LLaMA{_architecture(settings)}"
+        )
     dtypes = {name: tensor.dtype for name, tensor in stored.items()}
     return Source(
         "hf",
@@ -75,6 +76,43 @@ def _note(model: config.Model, settings: dict[str, Any]) -> tuple[str, ...]:
         f"rope scaling linear by {model.rope.factor:g}: if the {positions:g} positions of config.json are "
         f"those before it, give --context={positions * model.rope.factor:.0f}",
     )
+
+
+_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# What wrappers of modules put into names: torch.compile, FSDP and recomputation, anywhere; DDP, in front.
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def _named(found: dict[str, Stored]) -> dict[str, Stored]:
+    """Under LlamaForCausalLM's names; those of a LlamaModel saved alone lack "model."."""
+    named: dict[str, Stored] = {}
+    alone = not any("model." in name for name in found)
+    for name, tensor in found.items():
+        ours = name
+        for wrapper in _WRAPPERS:
+            ours = ours.replace(wrapper, "")
+        ours = ours.removeprefix("module.")
+        if alone and ours.startswith(("embed_tokens.", "layers.", "norm.")):
+            ours = f"model.{ours}"
+        if ours in named:
+            raise ValueError(f"{tensor.file}: {named[ours].name} and {name} are both {ours}")
+        named[ours] = tensor
+    return named
+
+
+def _architecture(settings: dict[str, Any]) -> str:
+    """Of what class the weights were saved, where config.json names another one."""
+    names = settings.get("architectures")
+    if not isinstance(names, list) or names in ([], ["LlamaForCausalLM"]):
+        return ""
+    return f"; config.json names {json_file.shown(names[0])}, of which only LlamaForCausalLM is read here"
+
+
+def _instead(settings: dict[str, Any], found: dict[str, Stored]) -> str:
+    """What is there that was not asked for."""
+    names = sorted(found)
+    more = f"; it holds {', '.join(names[:3])}{', ...' if names[3:] else ''}" if names else ""
+    return more + _architecture(settings)
 
 
 def _drop_copy(found: dict[str, Stored], embed: Stored) -> None:
@@ -125,6 +163,8 @@ def _tensors(folder: Path) -> dict[str, Stored]:
                 )
             found[tensor] = stored
     for tensor, shard in where.items():
+        if tensor.endswith(TABLES):
+            continue
         if tensor not in found or found[tensor].file.name != shard:
             raise ValueError(f"{folder / shard} lacks {tensor}, which {name} puts there")
     return found

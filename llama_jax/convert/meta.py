@@ -20,14 +20,12 @@ from llama_jax.convert.names import Unit
 from llama_jax.convert.source import Source, Tokenizer, compute_dtype, naming
 from llama_jax.convert.stored import Stored
 
-IGNORED = "rope.freqs"  # ends the names of LLaMA 1's tables, which the settings determine
-
 
 def open_folder(folder: Path, tokenizer: Tokenizer | None, pieces: int) -> Source:
     """pieces: the size of the tokenizer's vocabulary, 0 if it is not known."""
     params = meta_params.read(folder / "params.json")
     files = shard_files(folder)
-    shards = [_drop_ignored(pth.read_names(file)) for file in files]
+    shards = [pth.read_names(file) for file in files]
     model, notes = model_of(params, shards, pieces, folder)
     parts = {u.hf: _parts(u, model, shards) for u in names.units(model)}
     _check_names(model, shards)
@@ -74,10 +72,6 @@ def shard_files(folder: Path) -> list[Path]:
     if not files:
         raise ValueError(f"{folder} has no consolidated.00.pth")
     return files
-
-
-def _drop_ignored(found: dict[str, Stored]) -> dict[str, Stored]:
-    return {name: tensor for name, tensor in found.items() if not name.endswith(IGNORED)}
 
 
 def model_of(params: dict, shards, pieces: int, folder: Path) -> tuple[config.Model, tuple]:

@@ -2,7 +2,7 @@
 
 A file is a zip of uncompressed members: `data.pkl`, a pickle of the names and of how each tensor lies in
 its storage, and one member `data/KEY` a storage. A pickle may name any function to be called, and a few
-bytes of it can ask for gigabytes. Ours looks up six harmless names, follows the instructions that torch
+bytes of it can ask for gigabytes. Ours looks up a few harmless names, follows the instructions that torch
 writes and refuses all others, so that a hostile file is an error and nothing more.
 """
 
@@ -14,16 +14,26 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
-from llama_jax.convert.stored import DTYPES, MAX_AXES, Stored, are_sizes
+from llama_jax.convert.json_file import shown
+from llama_jax.convert.stored import DTYPES, MAX_AXES, TABLES, Stored, are_sizes
 
+MAX_WRAPPERS = 4  # dictionaries in dictionaries; a pickle may hold itself
 MAX_PICKLE = 4 << 20  # bytes of names; Llama 3.1 405B, of 1,138 tensors, needs 0.2 MB
 STORAGES = {
     "FloatStorage": DTYPES["F32"],
     "HalfStorage": DTYPES["F16"],
     "BFloat16Storage": DTYPES["BF16"],
 }
+# Of buffers, which are left out, and of what is refused once its name is known.
+_OTHERS = {
+    **{"DoubleStorage": np.float64, "LongStorage": np.int64, "IntStorage": np.int32},
+    **{"ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8},
+    "BoolStorage": np.bool_,
+}
+_FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 
 
 class _Storage(NamedTuple):
@@ -46,7 +56,15 @@ def _tensor(storage, start, shape, strides, requires_grad=False, hooks=None, met
     return _Tensor(storage, start, shape, strides)
 
 
-def _parameter(tensor, requires_grad=True, hooks=None):
+def _tensor_of_bytes(storage, start, shape, strides, grad, hooks, dtype, metadata=None):
+    """Of a dtype for which torch has no class of storage: 8-bit floats."""
+    if isinstance(storage, _Storage) and isinstance(dtype, np.dtype):
+        storage = storage._replace(dtype=dtype)
+    return _Tensor(storage, start, shape, strides)
+
+
+def _parameter(tensor, requires_grad=True, hooks=None, state=None):
+    """state: attributes that someone has set on it."""
     return tensor
 
 
@@ -58,8 +76,13 @@ def _dictionary() -> dict:
 _KNOWN = {
     ("collections", "OrderedDict"): _dictionary,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _tensor_of_bytes,
     ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    ("torch.storage", "UntypedStorage"): np.dtype(np.uint8),
     **{("torch", name): dtype for name, dtype in STORAGES.items()},
+    **{("torch", name): np.dtype(kind) for name, kind in _OTHERS.items()},
+    **{("torch", name): np.dtype(getattr(ml_dtypes, name)) for name in _FLOAT8},
 }
 
 
@@ -169,10 +192,8 @@ def read_names(file: Path) -> dict[str, Stored]:
             f"{file} is not a whole zip file as torch has written since 1.6 ({error}); fetch it again, "
             "or load and save it with a newer torch"
         ) from error
-    found = {name: _place(file, name, tensor, places) for name, tensor in _tensors(file, tree)}
-    if not found:
-        raise ValueError(f"{file} holds no tensors")
-    return found
+    tensors = {name: tensor for name, tensor in _tensors(file, tree) if not name.endswith(TABLES)}
+    return {name: _place(file, name, tensor, places) for name, tensor in tensors.items()}
 
 
 def _archive(file: Path) -> zipfile.ZipFile:
@@ -212,14 +233,25 @@ def _unpickle(file: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> 
         ) from error
 
 
-def _tensors(file: Path, tree: Any):
-    if isinstance(tree, dict) and isinstance(tree.get("model"), dict):
-        tree = tree["model"]
+_WRAPPERS = ("model", "state_dict", "module", "model_state_dict")  # of a training's checkpoints
+
+
+def _tensors(file: Path, tree: Any) -> list[tuple[str, _Tensor]]:
+    path = []
+    while isinstance(tree, dict):
+        found = [(str(name), value) for name, value in tree.items() if isinstance(value, _Tensor)]
+        inside = next((key for key in _WRAPPERS if isinstance(tree.get(key), dict)), None)
+        if inside is None or len(path) == MAX_WRAPPERS:
+            break
+        path.append(inside)
+        tree = tree[inside]
     if not isinstance(tree, dict):
         raise ValueError(f"{file} holds a {type(tree).__name__}, not a dictionary of tensors")
-    for name, value in tree.items():
-        if isinstance(value, _Tensor):
-            yield str(name), value
+    if not found:
+        where = "".join(f" under {key!r}" for key in path)
+        keys = ", ".join(shown(key) for key in list(tree)[:6]) or "nothing"
+        raise ValueError(f"{file} holds no tensors{where}; its keys are {keys}")
+    return found
 
 
 def _check_stored(file: Path, member: zipfile.ZipInfo) -> None:
@@ -253,6 +285,11 @@ def _place(file: Path, name: str, tensor: _Tensor, places) -> Stored:
         raise ValueError(
             f"{file}: {name} must have a storage, a start, a shape and strides of as many axes (at most "
             f"{MAX_AXES}), whole and not negative"
+        )
+    if storage.dtype not in DTYPES.values():
+        raise ValueError(
+            f"{file}: {name} is of {storage.dtype}; weights must be {', '.join(map(str, DTYPES.values()))} "
+            "(quantised checkpoints are not read)"
         )
     rows, row_major = 1, []
     for extent in reversed(tensor.shape):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from llama_jax.convert.json_file import shown
-from llama_jax.convert.stored import DTYPES, MAX_AXES, Stored, are_sizes, size
+from llama_jax.convert.stored import DTYPES, MAX_AXES, TABLES, Stored, are_sizes, size
 
 MAX_HEADER = 100_000_000  # bytes, the limit of the reference implementation
 
@@ -40,7 +40,7 @@ def read_header(file: Path) -> dict[str, Stored]:
     header.pop("__metadata__", None)
     found = {name: _entry(file, name, entry, 8 + count) for name, entry in header.items()}
     _check_places(file, found, 8 + count, length)
-    return found
+    return {name: tensor for name, tensor in found.items() if not name.endswith(TABLES)}
 
 
 def _unique(pairs):
@@ -64,6 +64,8 @@ def _entry(file: Path, name: str, entry, data: int) -> Stored:
             f"{file}: {name} must have a dtype, a shape of at most {MAX_AXES} axes and two data_offsets "
             f"that are whole and not negative; it has {shown(entry)}"
         )
+    if name.endswith(TABLES):
+        return Stored(file, name, np.dtype(np.uint8), (max(end - begin, 0),), data + begin)
     if dtype not in DTYPES:
         raise ValueError(
             f"{file}: {name} has dtype {dtype}; weights must be {', '.join(DTYPES)} (quantised "

@@ -15,6 +15,9 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# The ends of names of what is no weight: the settings determine it, and it may be of any dtype.
+TABLES = ("rotary_emb.inv_freq", "rope.freqs", "position_ids", "rotary_emb.cos_cached")
+TABLES += ("rotary_emb.sin_cached", "causal_mask", "masked_bias")
 # The bits of infinity without its sign: NaN and the infinities are at or above.
 _INFINITY = {"float32": 0x7F80_0000, "float16": 0x7C00, "bfloat16": 0x7F80}
 _CHECKED = 1 << 17  # elements at a time: they stay in the cache

@@ -273,3 +273,98 @@ def test_a_tokenizer_json_of_another_kind_goes_along_unread(tmp_path):
     assert (tmp_path / "hf-back/tokenizer.json").read_text() == content
     with pytest.raises(ValueError, match=r"tokenizer\.json.*no byte-level BPE"):
         formats.open_checkpoint(tmp_path / "hf", "", str(tmp_path / "hf/tokenizer.json"))
+
+
+def files_of(place, tensors, how: str) -> None:
+    """The weights of a folder, replaced."""
+    (place / "model.safetensors").unlink()
+    if how == "safetensors":
+        pytest.importorskip("safetensors.numpy").save_file(tensors, place / "model.safetensors")
+        return
+    torch = pytest.importorskip("torch")
+    state = {name: torch.from_numpy(np.array(array)) for name, array in tensors.items()}
+    torch.save(state if how == "bin" else {how: state, "epoch": 3}, place / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("how", ["safetensors", "bin"])
+def test_a_tied_network_may_hold_the_output_matrix_alone(tmp_path, how):
+    """safetensors' save_model keeps the first name of two; transformers reads it with equal logits."""
+    came = small.hf(tmp_path / "hf", tie_word_embeddings=True)
+    tensors = small.state(dataclasses.replace(MODEL, output="tied"))
+    renamed = {name.replace("model.embed_tokens", "lm_head"): a for name, a in tensors.items()}
+    files_of(came, renamed, how)
+    small.assert_same(small.tensors(formats.open_checkpoint(came, "", "")), tensors)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: name.removeprefix("model."),  # LlamaModel with a head of its own
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module.{name}",
+        lambda name: name.replace("self_attn.", "_orig_mod.self_attn."),
+        lambda name: f"_fsdp_wrapped_module.{name}".replace(
+            "mlp", "_checkpoint_wrapped_module.mlp"
+        ),
+    ],
+    ids=["no prefix", "compiled", "parallel", "compiled by layer", "sharded"],
+)
+def test_names_of_wrapped_modules(tmp_path, rename):
+    came = small.hf(tmp_path / "hf")
+    files_of(came, {rename(name): array for name, array in small.state().items()}, "safetensors")
+    small.assert_same(small.tensors(formats.open_checkpoint(came, "", "")), small.state())
+
+
+def test_what_is_there_instead_is_named(tmp_path):
+    came = small.hf(tmp_path / "hf", {f"net.{name}": a for name, a in small.state().items()})
+    with pytest.raises(ValueError, match=r"lacks model.*; it holds net\.lm_head\.weight, net\."):
+        formats.open_checkpoint(came, "", "")
+
+
+def test_a_name_that_is_there_with_and_without_a_wrapper(tmp_path):
+    came = small.hf(tmp_path / "hf")
+    twice = {"_orig_mod.lm_head.weight": small.state()["lm_head.weight"]}
+    files_of(came, small.state() | twice, "safetensors")
+    with pytest.raises(ValueError, match=r"are both lm_head\.weight"):
+        formats.open_checkpoint(came, "", "")
+
+
+@pytest.mark.parametrize("how", ["state_dict", "module", "model"])
+def test_weights_inside_of_a_trainings_checkpoint(tmp_path, how):
+    came = small.hf(tmp_path / "hf")
+    files_of(came, small.state(), how)
+    small.assert_same(small.tensors(formats.open_checkpoint(came, "", "")), small.state())
+
+
+@pytest.mark.parametrize("how", ["safetensors", "bin"])
+def test_buffers_of_any_dtype_are_left_out(tmp_path, how):
+    came = small.hf(tmp_path / "hf")
+    buffers = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float64),
+        "model.position_ids": np.arange(7),
+        "model.causal_mask": np.ones((3, 3), bool),
+    }
+    files_of(came, small.state() | buffers, how)
+    small.assert_same(small.tensors(formats.open_checkpoint(came, "", "")), small.state())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda t: t.pop("lm_head.weight"),
+            ("lacks lm_head.weight; config.json",),
+        ),
+        (lambda t: t.update({"score.weight": t["lm_head.weight"]}), ("score.weight is not",)),
+    ],
+    ids=["no output matrix", "a matrix more"],
+)
+def test_the_class_of_other_networks_is_named(tmp_path, change, words):
+    """As of a reward model."""
+    tensors = small.state()
+    change(tensors)
+    architectures = ["LlamaForSequenceClassification"]
+    came = small.hf(tmp_path / "hf", tensors, architectures=architectures)
+    with pytest.raises(ValueError, match="only LlamaForCausalLM is read") as error:
+        formats.open_checkpoint(came, "", "")
+    assert all(word in str(error.value) for word in (*words, architectures[0]))

@@ -40,6 +40,23 @@ def test_parameters_and_a_nested_model_are_read(tmp_path, torch):
     assert pth.read_names(tmp_path / "x.pth")["w"].shape == (2, 3)
 
 
+def test_a_parameter_with_an_attribute_is_read(tmp_path, torch):
+    """As tensor-parallel trainers mark them; torch pickles it by _rebuild_parameter_with_state."""
+    parameter = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
+    parameter.tensor_model_parallel = True
+    torch.save({"w": parameter}, tmp_path / "x.pth")
+    rows = pth.read_names(tmp_path / "x.pth")["w"].rows(0, 2)
+    np.testing.assert_array_equal(rows, parameter.detach().numpy())
+
+
+def test_a_file_without_tensors_names_its_keys(tmp_path, torch):
+    torch.save({"module": {"weights": [1], "step": 3}}, tmp_path / "x.pth")
+    with pytest.raises(
+        ValueError, match="no tensors under 'module'; its keys are 'weights', 'step'"
+    ):
+        pth.read_names(tmp_path / "x.pth")
+
+
 def test_the_state_of_a_module_is_read(tmp_path, torch):
     """An OrderedDict with an attribute, _metadata; a training checkpoint has more beside it."""
     module = torch.nn.Linear(3, 2)
@@ -57,10 +74,12 @@ def test_the_state_of_a_module_is_read(tmp_path, torch):
     ("make", "word"),
     [
         (lambda torch: torch.ones(3, 4).T, "not stored row by row"),
-        (lambda torch: torch.ones(3, dtype=torch.int64), "LongStorage"),
-        (lambda torch: torch.ones(3, dtype=torch.float64), "DoubleStorage"),
+        (lambda torch: torch.ones(3, dtype=torch.int64), "w is of int64; weights must be"),
+        (lambda torch: torch.ones(3, dtype=torch.float64), "w is of float64"),
+        (lambda torch: torch.ones(3).to(torch.float8_e4m3fn), "w is of float8_e4m3fn"),
+        (lambda torch: torch.ones(3, dtype=torch.complex64), "ComplexFloatStorage"),
     ],
-    ids=["transposed", "integers", "double"],
+    ids=["transposed", "integers", "double", "8-bit", "complex"],
 )
 def test_tensors_that_are_no_weights(tmp_path, torch, make, word):
     torch.save({"w": make(torch)}, tmp_path / "x.pth")
