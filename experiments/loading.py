@@ -77,6 +77,7 @@ def form_of(loaded: Loaded, date: datetime.date | None) -> forms.Form:
 
 def settings(folder: Path) -> tuple[config.Model, int, Tokenizer]:
     """Of a folder: its network's, the positions it was trained for, its tokenizer. ValueError without."""
+    formats.check_native(folder)
     model, context, file = native.settings(folder)
     if file is None:
         raise ValueError(f"{folder} has no tokenizer: convert it again with --tokenizer=FILE")

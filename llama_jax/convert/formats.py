@@ -66,11 +66,23 @@ def detect(path: Path) -> str:
         return "meta"
     if any((path / name).is_file() for name in hf.WEIGHTS):
         return "hf"
+    if run := native.run_of(path):
+        raise ValueError(f"{path} is a part of a training run; give the folder of the run: {run}")
     inside = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
     raise ValueError(
         f"{path} holds no checkpoint that is known (consolidated.00.pth, model.safetensors, "
         f"pytorch_model.bin, {native.MODEL}); it holds {inside}"
     )
+
+
+def check_native(folder: Path) -> None:
+    """ValueError, with what to do, unless a folder is a converted one or the workdir of a run."""
+    kind = detect(folder)
+    if kind != "native":
+        raise ValueError(
+            f"{folder} holds weights of the {kind} format; convert them first: python -m experiments.convert "
+            f"--from={folder} --to=NEW, and give NEW"
+        )
 
 
 def _meta(folder: Path, tokenizer_file: str) -> Source:

@@ -36,10 +36,20 @@ def is_native(folder: Path) -> bool:
     return (folder / MODEL).is_file() or (folder / "run.json").is_file()
 
 
+def run_of(path: Path) -> Path | None:
+    """The workdir of the run that a folder `checkpoints`, or one within it, is part of."""
+    for folder in path.parents:
+        if (folder / "run.json").is_file() and path.is_relative_to(folder / "checkpoints"):
+            return folder
+    return None
+
+
 def settings(folder: Path) -> tuple[config.Model, int, Tokenizer | None]:
     """Settings, positions trained for and tokenizer of a folder. ValueError if it is not one of ours."""
     if not is_native(folder):
         raise ValueError(f"{folder} is no model of ours: it has no {MODEL} and no run.json")
+    if not (folder / MODEL).is_file():
+        _place(folder)
     try:
         if (folder / MODEL).is_file():
             said = json_file.read(folder / MODEL)
@@ -233,7 +243,10 @@ def _place(folder: Path) -> tuple[Path, str]:
         return folder / PARAMS, ""
     steps = files.committed(folder / "checkpoints")
     if not steps:
-        raise ValueError(f"{folder} holds no finished checkpoint; train it first")
+        raise ValueError(
+            f"{folder} has not been trained yet: it holds no finished checkpoint; the command that made it "
+            "(python -m experiments.train ...) goes on"
+        )
     return folder / "checkpoints" / str(steps[-1]) / "state", "params."
 
 

@@ -90,7 +90,10 @@ def test_convert_refuses_in_one_line(flags, words):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--checkpoint=/nowhere", "--prompt=a"], "no model of ours"),
+        (
+            ["--checkpoint=/nowhere", "--prompt=a"],
+            "/nowhere does not exist; give a folder of weights",
+        ),
         (["--config.decode.max_new_tokens=1000"], "try --config.decode.max_new_tokens=61"),
         (["--config.decode.max_new_tokens=0"], "decode.max_new_tokens=0 must be positive"),
         (["--config.decode.temperature=-1.0"], "decode.temperature=-1.0 must not be negative"),

@@ -50,3 +50,26 @@ def test_the_dtype_computed_in_can_be_chosen(tmp_path, chosen):
     decode = config.Decode(compute_dtype=chosen)
     module = loading.load(tmp_path / "native", decode, config.Mesh()).engine.module
     assert module.config.compute_dtype == ("bfloat16" if chosen == "stored" else chosen)
+
+
+def test_a_folder_that_is_no_model_is_told_what_to_give(tmp_path):
+    """A converted one of another format, a folder of checkpoints, a run that has not trained yet."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    for step in (run / "checkpoints/50/state", other):
+        step.mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps(config.to_dict(config.Run())))
+    (other / "model.safetensors").touch()
+    of_run = f"is a part of a training run; give the folder of the run: {run}$"
+    for folder, message in (
+        (
+            other,
+            f"of the hf format; convert them first: .*experiments.convert --from={other} --to=NEW",
+        ),
+        (run / "checkpoints", of_run),
+        (run / "checkpoints/50", of_run),
+        (run, f"{run} has not been trained yet: it holds no finished checkpoint"),
+        (tmp_path / "none", "none does not exist"),
+        (tmp_path, "holds no checkpoint that is known .*; it holds other, run"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loading.settings(folder)

@@ -84,7 +84,7 @@ def test_without_text_it_reads_what_it_writes(model, tmp_path):
             ["--config.quant.bits=4", "--config.quant.row_tokens=1"],
             "quant.row_tokens=1 must be 2 or more",
         ),
-        (["--checkpoint=/nowhere"], "/nowhere is no model of ours"),
+        (["--checkpoint=/nowhere"], "/nowhere does not exist; give a folder of weights"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(model, tmp_path, flags, message):
