@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
 BLOCK = 1 << 20  # bytes read at a time, and about the characters of a piece
+LINE = 1 << 12  # bytes of a line, usually at most
 
 # Where a document may be cut without changing its tokens: behind a newline, else before a space.
 # The piece that follows is encoded behind a newline whose own ids are dropped (see prepare.py).
@@ -76,10 +77,11 @@ def plain(path: str, start: int, stop: int) -> Iterator[Piece]:
 def cut(path: str, size: int, fraction: float) -> int:
     """Where the last `fraction` of a text file begins: the byte offset of a line, else of a word.
 
-    That the last part is at most doubled goes before: a file may be a title and one long line.
+    A line counts where it begins at most max(LINE, the size of the last part) bytes too early and leaves
+    half of the others: a file may be a title and one long line.
     """
     wanted = size - max(int(size * fraction), 1)
-    begin = max(wanted - min(size - wanted, BLOCK), 0)
+    begin = max(wanted - min(max(size - wanted, LINE), BLOCK), wanted // 2)
     with open(path, "rb") as file:
         file.seek(begin)
         block = file.read(wanted - begin + 1)

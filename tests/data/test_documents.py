@@ -226,7 +226,7 @@ def test_a_file_is_cut_at_a_line_near_the_end(tmp_path, monkeypatch):
     assert single[at:].decode() + single[:at].decode() == "☃" * 300
 
 
-def test_a_cut_at_most_doubles_the_last_part(tmp_path):
+def test_a_cut_is_at_a_line_only_where_one_is_near(tmp_path):
     """A title and one line of 100,000 words: the only line end is not where a twentieth begins."""
     content = b"a title\n" + b"word " * 100_000
     at = documents.cut(write(tmp_path / "a.txt", content), len(content), 0.05)
