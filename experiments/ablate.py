@@ -27,6 +27,7 @@ from llama_jax.eval import score
 from llama_jax.study import grid, record, report, schema
 from llama_jax.train import checkpoint, loop
 
+flags.adopt_module_key_flags(hosts)
 CONFIG = cli.define_config()
 WORKDIR = cli.define_path("workdir", None, "Where the study keeps everything it writes.")
 LIST = flags.DEFINE_bool("list", False, "Print the runs and stop.")

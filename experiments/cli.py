@@ -2,11 +2,14 @@
 
 import contextlib
 import ctypes
+import difflib
 import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import ml_collections
 from absl import app, flags, logging
@@ -17,6 +20,12 @@ from llama_jax.analysis import hardware
 
 # What a user can mend: a message, no traceback.
 USER_ERRORS = (ValueError, OSError)
+ROOT = Path(__file__).resolve().parents[1]
+
+# Flags that are defined here are those of the command that asks for them, and stand in its --help.
+flags.disclaim_key_flags()
+# The command's settings, {"train.steps": default}, for messages on one that there is not.
+_settings: dict[str, Any] = {}
 
 
 def tune_for_cpu() -> None:
@@ -54,8 +63,13 @@ def claim_gpu_memory() -> None:
 
 def define_config() -> flags.FlagHolder:
     """--config=FILE, and --config.part.name=VALUE for every setting of it."""
-    flag = config_flags.DEFINE_config_file("config", None, "The page to run.", lock_config=True)
+    words = (
+        "The config file, as configs/7b.py, or configs/7b.py:v4_32 laid out for a slice. Each setting of it "
+        "is --config.part.name=VALUE; llama_jax/config.py lists them all."
+    )
+    flag = config_flags.DEFINE_config_file("config", None, words, lock_config=True)
     flags.FLAGS["config"].parser = _Page("config")
+    _settings.update(config.flatten(config.Run()))
     flags.mark_flag_as_required("config")
     return flag
 
@@ -79,10 +93,11 @@ class _Path(flags.ArgumentParser):
 
 
 class _Page(config_flags.config_flags.ConfigFileFlagParser):
-    """Reads a page, and adds the sources that only the command line names, before it sets anything."""
+    """Finds and reads a page, and adds sources that only the command line names, before it sets anything."""
 
     def parse(self, path):
-        page = super().parse(path)
+        file, colon, slice_ = path.partition(":")
+        page = super().parse(find_config(file) + colon + slice_)
         if not isinstance(page, ml_collections.ConfigDict):
             return page  # it could not be loaded, and says so when it is read
         run, place = (page.base, "base.") if "base" in page else (page, "")
@@ -95,18 +110,38 @@ class _Page(config_flags.config_flags.ConfigFileFlagParser):
         return page
 
 
+def find_config(name: str) -> str:
+    """The file of a config that may be called without its folder or ending: tiny is configs/tiny.py."""
+    for folder in ("", f"{ROOT}/"):
+        for file in (name, f"{name}.py", f"configs/{name}", f"configs/{name}.py"):
+            if Path(folder + file).is_file():
+                return folder + file
+    there = {
+        path.relative_to(ROOT / "configs").with_suffix("").as_posix(): path
+        for path in sorted((ROOT / "configs").rglob("*.py"))
+        if "def get_config(" in path.read_text()
+    }
+    near = config.nearest(name.removeprefix("configs/").removesuffix(".py"), there)
+    raise AttributeError(  # of a ValueError absl would make "flag --config=PAGE: ..."
+        f"--config={name} is not there; nearest: --config=configs/{near}.py; in configs/ are "
+        f"{', '.join(there)}"
+    )
+
+
 def define_parts(**parts: object) -> flags.FlagHolder:
     """--config.part.name=VALUE for the settings of frozen parts, without a page.
 
     ml_collections reads the command line here, so this is where a wrong setting is refused.
     """
     values = {name: config.to_dict(part) for name, part in parts.items()}
-    known = [f"--config.{part}.{name}" for part, inside in values.items() for name in inside]
-    if message := _unknown_setting(sys.argv, known):
-        _stop(message, 2)
+    _settings.update(
+        {f"{part}.{name}": value for part, of in values.items() for name, value in of.items()}
+    )
     try:
+        _check_settings(sys.argv, _settings)
+        words = "Not given itself: each setting is --config.part.name=VALUE; llama_jax/config.py lists them."
         return config_flags.DEFINE_config_dict(
-            "config", ml_collections.ConfigDict(values), lock_config=True
+            "config", ml_collections.ConfigDict(values), help_string=words, lock_config=True
         )
     except (*USER_ERRORS, TypeError, flags.Error) as error:
         _stop(_plain(error), 2)
@@ -126,29 +161,38 @@ def slice_of(run: config.Run) -> str:
     return hardware.name_of(run.mesh.hardware)
 
 
-def run(main: Callable[[], int], *errors: type[Exception], settings: Sequence[str] = ()) -> None:
+def run(
+    main: Callable[[], int], *errors: type[Exception], settings: Mapping[str, Any] | None = None
+) -> None:
     """Parse the flags, run `main`, exit with its code; 1, or the error's own `exit_code`, and one line for
     what a user can mend.
 
-    settings: what there is behind --config., for the message on one that there is not; a run's if empty.
+    settings: what there is behind --config., with defaults, if not those of a run.
     """
-    known = [f"--config.{place}" for place in settings or config.flatten(config.Run())]
+    parser = functools.partial(_parse, settings or _settings)
     try:
-        app.run(lambda _: _guarded(main, errors), flags_parser=functools.partial(_parse, known))
+        app.run(lambda _: _guarded(main, errors), flags_parser=parser)
     except KeyboardInterrupt:
         _stop("interrupted", 130)
 
 
-def _parse(known: list[str], argv: list[str]) -> list[str]:
+def _parse(settings: Mapping[str, Any], argv: list[str]) -> list[str]:
     try:
+        _check_settings(argv, settings)
         rest = flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        _stop(_unknown(error.flagname, settings), 2)
     except flags.Error as error:
         # What a page raised comes with its traceback; its own words are at the end.
-        _stop(str(error).rpartition("\nValueError: ")[2].strip(), 2)
+        words = str(error).rpartition("\nValueError: ")[2].strip()
+        _stop(_lacking(re.findall(r"Flag --(\w+) must have a value", words)) or words, 2)
     except (*USER_ERRORS, TypeError, AttributeError, KeyError) as error:
-        _stop(_unknown_setting(argv, known) or _plain(error), 2)
+        _stop(_plain(error), 2)
     if rest[1:]:
-        _stop(f"unexpected argument {rest[1]!r}; settings are given as --config.part.name=value", 2)
+        near = "settings are given as --config.part.name=value"
+        with contextlib.suppress(AttributeError):
+            near = f"try --config={find_config(rest[1].partition(':')[0]) and rest[1]}"
+        _stop(f"unexpected argument {rest[1]!r}; {near}", 2)
     return rest
 
 
@@ -161,16 +205,85 @@ def _guarded(main, errors) -> int:
         _stop(_plain(error), getattr(error, "exit_code", 1))
 
 
-def _unknown_setting(argv: list[str], known: list[str]) -> str:
-    """A message on the first --config.part.name that is not known; "" if there is none."""
+def _check_settings(argv: list[str], settings: Mapping[str, Any]) -> None:
+    """ValueError on the first --config.part.name that is not known, or no number where one must be.
+
+    In `argv` itself 1e3 for a whole number becomes 1000, and true or false for a choice of on and off that.
+    """
     # Names of sources and choices are the page's own.
-    sources = {place.partition(".sources.")[0] for place in known if ".sources." in place}
-    for argument in argv[1:]:
-        name = argument.partition("=")[0]
-        is_open = name.partition(".sources.")[0] in sources or ".axes." in name
-        if name.startswith("--config.") and not is_open and name not in known:
-            return f"unknown setting {name}; nearest: {config.nearest(name, known)}"
-    return ""
+    sources = {place.partition(".sources.")[0] for place in settings if ".sources." in place}
+    for i, argument in enumerate(argv[1:], 1):
+        name, equals, value = argument.partition("=")
+        place = name.removeprefix("--config.")
+        if place == name or place.partition(".sources.")[0] in sources or ".axes." in name:
+            continue
+        if place not in settings:
+            raise ValueError(_unknown(f"config.{place}", settings))
+        kind = type(settings[place])
+        if settings[place] in ("on", "off") and value.lower() in ("true", "false"):
+            argv[i] = f"{name}={'on' if value.lower() == 'true' else 'off'}"
+        if not equals or kind not in (int, float):
+            continue
+        try:
+            number = float(value)
+        except ValueError:
+            raise ValueError(f"{name}={value!r} must be a number") from None
+        if kind is int and not number.is_integer():
+            raise ValueError(f"{name}={value!r} must be a whole number")
+        if kind is int:
+            argv[i] = f"{name}={int(number) if 'e' in value.lower() or '.' in value else value}"
+
+
+# What is no setting, though it may be expected.
+_NOTES = {
+    "tokens": "a run's tokens are train.steps x train.batch_size x data.seq_len: set --config.train.steps",
+    "epochs": "a run ends after train.steps x train.batch_size rows: set --config.train.steps",
+}
+
+
+def _unknown(name: str, settings: Mapping[str, Any]) -> str:
+    """A message on a flag or setting that there is not."""
+    what = "setting" if name.startswith("config.") else "flag"
+    last = name.rpartition(".")[2].replace("-", "_")
+    if settings and last in _NOTES:
+        return f"unknown {what} --{name}; {_NOTES[last]}"
+    places = [f"config.{place}" for place in settings]
+    if same := [place for place in places if place.rpartition(".")[2] == last]:
+        near = same[:3]
+    else:
+        own = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
+        near = [_likest(name, places if what == "setting" else [*own, *places])]
+    return f"unknown {what} --{name}; nearest: {' or '.join(f'--{one}' for one in near)}"
+
+
+def _likest(name: str, known: Iterable[str]) -> str:
+    """By initials (lr is learning_rate), else by words that are the same, else by letters."""
+    asked = name.rpartition(".")[2].replace("-", "_")
+
+    def likeness(other: str):
+        words = other.rpartition(".")[2].split("_")
+        initials = "".join(word[0] for word in words)
+        shared = len({*words} & {*asked.split("_")})
+        letters = difflib.SequenceMatcher(None, name, other).ratio()
+        return len(words) > 1 and asked == initials, shared, letters
+
+    return max(known, key=likeness)
+
+
+def _lacking(names: list[str]) -> str:
+    """A message on flags that must be given, with the first example of the command's docstring."""
+    if not names:
+        return ""
+    text = sys.modules["__main__"].__doc__ or ""
+    example = re.search(r"python -m experiments(?:\\\n|[^`\n])+", text)
+    lines = [
+        f"{' and '.join(f'--{name}' for name in names)} must be given" + ", as in" * bool(example)
+    ]
+    if example:
+        lines.append(f"  {example[0].strip()}")
+    return "\n".join(
+        [*lines, "--help says more; configs/ has the configs" * ("config" in names)]
+    ).strip()
 
 
 def _plain(error: Exception) -> str:

@@ -36,6 +36,7 @@ DATE = flags.DEFINE_string(
 )
 DRAFT = cli.define_path("draft", None, "Folder of a small model that proposes.")
 PROPOSALS = flags.DEFINE_integer("proposals", 4, "Tokens that --draft is ahead.", lower_bound=1)
+flags.adopt_module_key_flags(hosts)
 CONFIG = cli.define_parts(decode=config.Decode(), mesh=config.Mesh())
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import flags
 from tqdm import tqdm
 
 from experiments import cli, hosts, loading
@@ -35,6 +36,7 @@ from llama_jax.tokenizer.base import Tokenizer
 CHECKPOINT = cli.define_path("checkpoint", None, "Folder of the model.", required=True)
 TO = cli.define_path("to", None, "The folder to make.", required=True)
 TEXT = cli.define_path("text", "", "A text file: calibrates, its last tenth is measured.")
+flags.adopt_module_key_flags(hosts)
 CONFIG = cli.define_parts(quant=config.Quant(), mesh=config.Mesh())
 MEASURED = 128  # rows
 AT_ONCE = 8192  # tokens that go through the network together

@@ -1,4 +1,4 @@
-"""Train a network: `python -m experiments.train --config=configs/7b.py --workdir=DIR`.
+"""Train a network: `python -m experiments.train --config=configs/tiny.py --workdir=runs/tiny`.
 
 Started again with the same command, a run goes on from its last checkpoint. SIGINT and SIGTERM save and
 exit 0. On a slice of several hosts the command runs on each of them (hosts.py), and the first one writes.
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from absl import flags
 
 from experiments import cli, hosts, session
 from experiments.lease import Lease
@@ -23,6 +24,7 @@ from llama_jax.decode.engine import Engine
 from llama_jax.decode.generate import Decoder, Request
 from llama_jax.train import checkpoint, loop, metrics
 
+flags.adopt_module_key_flags(hosts)
 CONFIG = cli.define_config()
 WORKDIR = cli.define_path(
     "workdir", None, "Where the run keeps everything it writes.", required=True

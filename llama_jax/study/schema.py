@@ -134,10 +134,14 @@ def to_dict(study: Study) -> dict[str, Any]:
     return {**rest, "base": config.to_dict(study.base), "axes": axes}
 
 
-def settings() -> list[str]:
-    """Places in the editing form, those of axes left out."""
-    own = [field.name for field in dataclasses.fields(Study) if field.name not in ("base", "axes")]
-    return [*own, *(f"base.{place}" for place in config.flatten(config.Run()))]
+def settings() -> dict[str, Any]:
+    """Places in the editing form with their defaults, those of axes left out."""
+    fields = [field for field in dataclasses.fields(Study) if field.name not in ("base", "axes")]
+    run = config.flatten(config.Run())
+    return {
+        **{field.name: field.default for field in fields},
+        **{f"base.{place}": value for place, value in run.items()},
+    }
 
 
 def changed(run: config.Run, changes: tuple[tuple[str, Any], ...], place: str) -> config.Run:

@@ -2,12 +2,16 @@
 
 import ast
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from jaxlib import xla_client
 
 from experiments import cli
+from tests.experiments import helpers
 
 
 def test_jax_takes_the_share_of_a_gpu_that_layouts_count_on(monkeypatch):
@@ -44,3 +48,104 @@ def test_every_flag_that_is_a_path_refuses_the_address_of_a_bucket():
     with pytest.raises(ValueError, match=r"mount the bucket with .* and give ~/bucket/x/y"):
         cli._Path().parse("gs://b/x/y")
     assert cli._Path().parse("~/a/b:c") == "~/a/b:c"
+
+
+TINY = ("--config=tiny", "--workdir=/nowhere/x")
+MISTYPED = {
+    "nothing": ("train", [], "--config and --workdir must be given, as in\n  python -m experiments.train --config="),
+    "no config": ("plan", ["--analytic"], "--config must be given, as in\n  python -m experiments.plan --config="),
+    "no checkpoint": ("generate", ["--prompt=a"], "--checkpoint must be given, as in\n  python -m experiments.gen"),
+    "config": (
+        "train", ["--config=configs/tin.py", TINY[1]],
+        r"--config=configs/tin.py is not there; nearest: --config=configs/tiny.py; .*, 7b, .*ablations/position, ",
+    ),
+    "study": ("ablate", ["--config=posi"], r"nearest: --config=configs/ablations/position.py;"),
+    "config alone": ("train", ["configs/7b.py", *TINY], r"argument 'configs/7b.py'; try --config=configs/7b.py"),
+    "setting as a flag": ("train", [*TINY, "--steps=60"], "flag --steps; nearest: --config.train.steps$"),
+    "two of them": (
+        "train", [*TINY, "--seed=1"], "flag --seed; nearest: --config.data.seed or --config.train.seed$",
+    ),
+    "decoding": ("generate", ["--temperature=0.8"], "--temperature; nearest: --config.decode.temperature$"),
+    "flag": ("train", ["--confg=configs/tiny.py"], "unknown flag --confg; nearest: --config$"),
+    "flag of another": ("scaling", ["--rums=x"], "unknown flag --rums; nearest: --runs$"),
+    "initials": ("train", [*TINY, "--config.optim.lr=1"], "nearest: --config.optim.learning_rate$"),
+    "words": ("train", [*TINY, "--config.model.n_layers=1"], "nearest: --config.model.layers$"),
+    "other part": ("train", [*TINY, "--config.train.warmup_steps=1"], "nearest: --config.optim.warmup_steps$"),
+    "tokens": (
+        "train", [*TINY, "--config.train.tokens=20e9"],
+        r"unknown setting --config.train.tokens; .* train.steps x train.batch_size x data.seq_len: set",
+    ),
+    "no number": ("train", [*TINY, "--config.train.steps=abc"], "--config.train.steps='abc' must be a number$"),
+    "half": ("train", [*TINY, "--config.train.steps=1.5"], "train.steps='1.5' must be a whole number$"),
+    "no rate": ("generate", ["--config.decode.top_p=x"], "--config.decode.top_p='x' must be a number$"),
+    "study's": ("ablate", ["--config=ablations/ffn", "--config.seeds=x"], "--config.seeds='x' must be a number$"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTYPED)
+def test_a_mistyped_command_line_is_told_the_nearest(name):
+    command, args, message = MISTYPED[name]
+    done = helpers.run(command, *args)
+    assert done.returncode == 2
+    assert re.match(
+        f"error: .*{message}" if "nearest" in message else f"error: .*?{message}",
+        done.stderr.strip(),
+        re.S,
+    ), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_numbers_and_choices_may_be_written_otherwise():
+    argv = [
+        "train",
+        "--config.train.steps=1e3",
+        "--config.log.wandb=True",
+        "--config.log.audit=false",
+    ]
+    argv += [
+        "--config.model.layers=2",
+        "--config.optim.learning_rate=1e-3",
+        "--config.train.seed=1_0",
+    ]
+    settings = {
+        "train.steps": 5,
+        "train.seed": 0,
+        "log.wandb": "off",
+        "log.audit": "on",
+        "model.layers": 4,
+    }
+    cli._check_settings(argv, {**settings, "optim.learning_rate": 0.1})
+    values = [word.partition("=")[2] for word in argv[1:]]
+    assert values == ["1000", "on", "off", "2", "1e-3", "1_0"]
+
+
+def test_a_config_may_be_called_by_its_name_from_anywhere(monkeypatch, tmp_path):
+    assert cli.find_config("tiny") == cli.find_config("configs/tiny") == "configs/tiny.py"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("")
+    assert cli.find_config("mine.py") == "mine.py"
+    assert cli.find_config("ablations/norm") == str(helpers.ROOT / "configs/ablations/norm.py")
+
+
+def test_the_package_lists_its_commands():
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments"], cwd=helpers.ROOT, capture_output=True, text=True
+    )
+    listed = set(re.findall(r"^python -m experiments\.(\w+) +\w", done.stdout, re.M))
+    assert listed == {
+        path.stem
+        for path in (helpers.ROOT / "experiments").glob("*.py")
+        if "    cli.run(" in path.read_text()
+    } - {"__main__"}
+    assert "train" in listed
+    library = subprocess.run(
+        [sys.executable, "-m", "llama_jax"], cwd=helpers.ROOT, capture_output=True, text=True
+    )
+    assert "python -m experiments lists the commands" in library.stderr
+
+
+def test_help_names_config_where_its_settings_are_and_the_flags_of_hosts():
+    done = helpers.run("train", "--help")
+    assert "--config: The config file, as configs/7b.py" in done.stdout
+    assert "llama_jax/config.py lists them" in " ".join(done.stdout.split())
+    assert "--coordinator: " in done.stdout

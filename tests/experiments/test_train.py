@@ -289,7 +289,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_fails(tmp_path):
 
 ERRORS = {
     "misspelt": (["--config.model.dmi=3"], 2, "unknown setting --config.model.dmi; nearest: --config.model.dim"),
-    "mistyped": (["--config.model.dim=wide"], 2, "--config.model.dim=wide: invalid literal"),
+    "mistyped": (["--config.model.dim=wide"], 2, "--config.model.dim='wide' must be a number"),
     "heads": (["--config.model.kv_heads=3"], 1, "model.kv_heads=3 must divide model.heads=4; try 1, 2 or 4"),
     "vocabulary": (["--config.model.vocab_size=300"], 1, "model.vocab_size=300 but the tokenizer (byte) has 259"),
     "no corpus": (["--config.data.sources.corpus.path=/nowhere/*.txt"], 1, "/nowhere/*.txt"),
