@@ -57,9 +57,13 @@ class Lease:
 
     def take(self, report: Callable[[str], None] = print) -> str:
         """Hold the workdir. "", or why that cannot be: who holds it. `report` is told of a wait."""
-        if refusal := self._outlived(report):
-            return refusal
-        self._write()
+        try:
+            if refusal := self._outlived(report):
+                return refusal
+            self._write()
+        except OSError as error:
+            why = f"--workdir={self._workdir} cannot be written: {error.strerror}"
+            raise ValueError(why) from error
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
         return ""
@@ -175,23 +179,21 @@ def _lives(holder: dict[str, Any]) -> bool:
     pid = holder.get("pid")
     if not isinstance(pid, int) or pid == os.getpid():
         return False
-    if Path("/proc/self/stat").exists():
-        started = _start_of(pid)
-        return bool(started) and started == holder.get("started")
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except OSError:  # another user's
         pass
-    return True
+    started = _start_of(pid)
+    return started is None or started == holder.get("started")
 
 
-def _start_of(pid: int) -> str:
-    """When a process was started, in ticks since the host was; "" if it has ended, or is not known."""
+def _start_of(pid: int) -> str | None:
+    """When a process was started, in ticks since the host was; "" if it has ended, None if unknown."""
     try:
         # The name of a program, in parentheses, may hold anything.
         after = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
+    except OSError:  # another system than Linux, or other users' processes are hidden
+        return None
     return "" if after[0] in "ZX" else after[19]

@@ -7,8 +7,19 @@ COMMIT = "commit_success.txt"  # what Orbax writes last into the folder of a che
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """A reader sees the content, or what was there before; the last of several writers stays."""
+    """A reader sees the content, or what was there before; the last of several writers stays.
+
+    OSError with the file's name, which that of a full disk does not have.
+    """
     content = content.encode() if isinstance(content, str) else content
+    try:
+        _write(path, content)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+def _write(path: Path, content: bytes) -> None:
     with tempfile.NamedTemporaryFile(
         dir=path.parent, prefix=f".{path.name}.", delete=False
     ) as file:
@@ -28,7 +39,7 @@ def committed(folder: Path) -> list[int]:
     return sorted(
         int(path.name)
         for path in folder.glob("*")
-        if path.name.isdigit() and (path / COMMIT).is_file()
+        if path.name.isdecimal() and (path / COMMIT).is_file()
     )
 
 

@@ -110,7 +110,7 @@ class Checkpoints:
             if path.is_dir()
             and (
                 ".orbax-checkpoint-tmp" in path.name
-                or (path.name.isdigit() and path.name not in complete)
+                or (path.name.isdecimal() and path.name not in complete)
             )
         ]
         for path in left:

@@ -11,6 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llama_jax import files
+
 Row = dict[str, Any]  # "step" and what there is of it
 Writer = Callable[[Row], None]
 
@@ -18,13 +20,16 @@ Writer = Callable[[Row], None]
 def jsonl(path: Path, after_step: int) -> Writer:
     """Append one object a line. Lines past `after_step`, of a run that died there, are dropped."""
     kept = [line for line in _lines(path) if json.loads(line)["step"] <= after_step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    temporary.replace(path)
+    files.write(path, "".join(f"{line}\n" for line in kept))
 
     def write(row: Row) -> None:
-        with path.open("a") as file:
-            file.write(json.dumps({name: _plain(value) for name, value in row.items()}) + "\n")
+        line = json.dumps({name: _plain(value) for name, value in row.items()}) + "\n"
+        try:
+            with path.open("a") as file:
+                file.write(line)
+        except OSError as error:
+            error.filename = str(path)  # of a full disk it would not say which file
+            raise
 
     return write
 
@@ -58,7 +63,7 @@ def wandb(workdir: Path, settings: dict[str, Any]) -> Writer:
         ) from None
     id_file = workdir / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex[:12])
+        files.write(id_file, uuid.uuid4().hex[:12])
     run = client.init(
         project="llama_jax", id=id_file.read_text(), name=workdir.name, dir=workdir, config=settings,
         resume="allow",

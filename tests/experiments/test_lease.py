@@ -68,6 +68,23 @@ def test_a_process_number_that_was_given_again_is_not_the_holder(tmp_path, holde
     assert not lease._lives(content)
 
 
+def test_a_process_that_cannot_be_looked_at_is_alive(tmp_path, holder, monkeypatch):
+    """Of another user, where those are hidden: its number is known to be in use, no more."""
+    monkeypatch.setattr(lease, "_start_of", lambda _: None)
+    assert lease._lives(said(tmp_path))
+
+
+def test_a_lease_that_cannot_be_written_names_the_workdir(tmp_path, monkeypatch):
+    def write(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(lease.files, "write", write)
+    held = lease.Lease(tmp_path)
+    with pytest.raises(ValueError, match=rf"--workdir={tmp_path} cannot be written: No space left"):
+        held.take()
+    held.release()
+
+
 def test_a_dead_lease_of_another_host_is_taken_over_after_the_expiry(tmp_path):
     of_another_host(tmp_path)
     told, start = [], time.monotonic()

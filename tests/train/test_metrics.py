@@ -1,8 +1,11 @@
 import json
+import resource
+import signal
 import sys
 
 import pytest
 
+from llama_jax import files
 from llama_jax.train import metrics
 
 ROW = {
@@ -89,3 +92,24 @@ def test_wandb_gets_the_rows(tmp_path, monkeypatch):
     metrics.wandb(tmp_path, {"a": 1})({"step": 3, "loss": 2.0})
     assert client.logged == [(3, {"loss": 2.0})]
     assert client.settings["resume"] == "allow"
+
+
+def test_a_full_disk_says_which_file(tmp_path):
+    """A limit on the size of a file stands for it. The lines that are there stay whole."""
+    path = tmp_path / "m.jsonl"
+    write = metrics.jsonl(path, 0)
+    write({"step": 1, "loss": 0.5})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"m\.jsonl"):
+            write({"step": 2, "loss": 0.5})
+        with pytest.raises(OSError, match=r"run\.json"):
+            files.write(tmp_path / "run.json", "x" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    metrics.jsonl(path, 9)
+    assert metrics.read(path) == [{"step": 1, "loss": 0.5}]
+    assert [file.name for file in tmp_path.iterdir()] == ["m.jsonl"]
