@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import cli, hosts, overview, session
+from experiments import cli, hosts, overview, provenance, session
 from experiments.lease import Held
 from llama_jax import config, files
 from llama_jax.analysis import memory, runcard
@@ -58,6 +58,7 @@ def main() -> int:
     hosts.join(study.base.mesh.hardware)
     cli.tune_for_cpu()
     hosts.check(study.base.mesh)
+    hosts.compare(lambda: {**settings(study), "--only": ONLY.value, **provenance.installed()})
     hosts.together(lambda: claim(workdir, study, found))
     if jax.process_count() > 1:
         session.check_shared(workdir)
@@ -84,6 +85,12 @@ def main() -> int:
     code = write(study, found, workdir) if hosts.first() else 0
     hosts.agree(True)
     return 1 if failed else Held.exit_code if held else code
+
+
+def settings(study: schema.Study) -> dict:
+    """Of the study, by name."""
+    own = {name: value for name, value in schema.to_dict(study).items() if name != "base"}
+    return {**own, **config.flatten(study.base)}
 
 
 def choose(runs: list) -> list:
@@ -113,10 +120,13 @@ def run_all(
     """Seconds in training steps, failures, and runs that other processes hold, of this session."""
     machines, trained, failed, held = {}, 0.0, 0, 0
     for cell, seed in chosen:
+        if interrupt.due(wait=True):
+            break
         folder = record.folder(workdir, cell, seed)
         if hosts.first_says(record.state(folder) == "done"):
             continue
         view.begin(cell, seed)
+        error = None
         try:
             if cell.name not in machines:
                 machines[cell.name] = session.Machine(cell.run)
@@ -134,10 +144,13 @@ def run_all(
                 trained += result.seconds_here
                 if not result.interrupted:
                     finish(study, cell, seed, machine, folder, prepared, rows, result)
-        except Held as error:  # another process of this study trains it
+        except FAILURES as caught:
+            error = caught
+        error = hosts.outcome(error)
+        if isinstance(error, Held):  # another process of this study trains it
             held += 1
             view.say(f"passed over {cell.name}, seed {seed}: {error}")
-        except FAILURES as error:
+        elif error:
             failed += 1
             if hosts.first():
                 folder.mkdir(parents=True, exist_ok=True)
@@ -148,8 +161,6 @@ def run_all(
         if hosts.first():
             with contextlib.suppress(OSError):  # it is written anew after the next one
                 make(study, found, workdir)
-        if interrupt.signal:
-            break
     return trained, failed, held
 
 

@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ ROOT = Path(__file__).resolve().parents[1]
 flags.disclaim_key_flags()
 # The command's settings, {"train.steps": default}, for messages on one that there is not.
 _settings: dict[str, Any] = {}
+_at_error: list[Callable[[str, int], None]] = []
+
+
+def at_error(tell: Callable[[str, int], None]) -> None:
+    """Have `tell(message, code)` called when a command ends with an error, once that is printed."""
+    _at_error.append(tell)
 
 
 def tune_for_cpu() -> None:
@@ -203,6 +210,11 @@ def _guarded(main, errors) -> int:
         return main()
     except (*USER_ERRORS, *errors) as error:
         _stop(_plain(error), getattr(error, "exit_code", 1))
+    except Exception as error:
+        if not _at_error:
+            raise
+        traceback.print_exc()
+        _end(_plain(error), 1)
 
 
 def _check_settings(argv: list[str], settings: Mapping[str, Any]) -> None:
@@ -292,4 +304,10 @@ def _plain(error: Exception) -> str:
 
 def _stop(message: str, code: int):
     print(f"error: {message}", file=sys.stderr)
+    _end(message, code)
+
+
+def _end(message: str, code: int):
+    for tell in _at_error:
+        tell(message, code)
     sys.exit(code)

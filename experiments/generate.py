@@ -19,9 +19,19 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from experiments import chat, cli, hosts, prompt_file
-from experiments.loading import Loaded, fit, form_of, load, prompt_tokens, say, with_draft
+from experiments import chat, cli, hosts, prompt_file, provenance
+from experiments.loading import (
+    Loaded,
+    fit,
+    form_of,
+    load,
+    prompt_tokens,
+    say,
+    settings,
+    with_draft,
+)
 from llama_jax import config
+from llama_jax.convert import native
 from llama_jax.decode.generate import Decoder, Request
 from llama_jax.train import loop
 
@@ -64,10 +74,17 @@ def main() -> int:
     decode = dataclasses.replace(decode, stop=tuple(map(unescaped, decode.stop)))
     mesh = config.from_dict(CONFIG.value.mesh.to_dict(), config.Mesh, "mesh")
     hosts.check(mesh)
-    of = lambda flag: hosts.together(lambda: load(Path(flag.value), decode, mesh))  # noqa: E731
-    loaded = of(CHECKPOINT)
+    hosts.compare(
+        lambda: {
+            **dataclasses.asdict(decode),
+            **dataclasses.asdict(mesh),
+            **{f"--{flag.name}": flag.value for flag in (PROMPT, DRAFT, PROPOSALS, DATE)},
+            **provenance.installed(),
+        }
+    )
+    loaded = load_everywhere(Path(CHECKPOINT.value), decode, mesh)
     if DRAFT.value:
-        draft = of(DRAFT)
+        draft = load_everywhere(Path(DRAFT.value), decode, mesh)
         loaded = with_draft(loaded, draft, PROPOSALS.value)
     if CHAT.value:
         return chat.Chat(loaded, form_of(loaded, date), SYSTEM.value).run()
@@ -94,6 +111,26 @@ def unescaped(stop: str) -> str:
     return stop.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t")
 
 
+def load_everywhere(folder: Path, decode: config.Decode, mesh: config.Mesh) -> Loaded:
+    """ValueError unless every host finds the same network and tokenizer in its folder."""
+    if jax.process_count() > 1:
+        described = hosts.together(lambda: describe(folder))
+        hosts.compare(lambda: described)
+    return hosts.together(lambda: load(folder, decode, mesh))
+
+
+def describe(folder: Path) -> dict:
+    """What of a folder must be the same on every host, by name."""
+    folder = folder.expanduser().absolute()
+    model, context, tokenizer = settings(folder)
+    return {
+        **{f"model.{name}": value for name, value in config.to_dict(model).items()},
+        f"{folder}: context": context,
+        f"{folder}: tokenizer": tokenizer.fingerprint,
+        f"{folder}: parameters": native.parameters(folder),
+    }
+
+
 def once(loaded: Loaded, prompt: str) -> int:
     """Print the continuation of one prompt as it is made; of several samples each as it ends."""
     decode, tokenizer = loaded.engine.decode, loaded.tokenizer
@@ -113,7 +150,7 @@ def once(loaded: Loaded, prompt: str) -> int:
         say(head)
     with loop.Interrupt() as interrupt:
         listen = lambda _, text: say(text) if alone else None  # noqa: E731
-        for number, result in decoder.run(requests, listen, interrupt.asked):
+        for number, result in decoder.run(requests, listen, interrupt.due):
             say("\n" if alone else f"[{number + 1}] {head}{result.text}\n")
             if not decode.temperature and repeats(result.tokens):
                 print(

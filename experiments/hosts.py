@@ -7,18 +7,20 @@ is:
     python -m experiments.train ... --coordinator=10.0.0.2:8476 --processes=2 --process=0
 """
 
+import json
+import math
 import os
 import re
 import sys
 import threading
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from absl import flags
-from jax.experimental import multihost_utils
 
+from experiments import cli, exchange
 from llama_jax import config
 from llama_jax.analysis import hardware
 
@@ -40,6 +42,10 @@ T = TypeVar("T")
 
 # A process whose peers died waits so long at exit, instead of JAX's 300 s.
 SHUTDOWN_SECONDS = 120
+# A host that is silent so long is taken for dead, and the others end.
+HEARTBEAT_SECONDS = 40
+# A host on which something failed waits so long for the others to fail, too.
+OUTCOME_SECONDS = 30
 # Jobs of SLURM meet at one of the ports from here on, by their number.
 FIRST_PORT = 61440
 
@@ -62,13 +68,15 @@ def join(slice_name: str) -> None:
         where = f" at {asked.coordinator}"
     else:
         asked = of_slurm()
-        where = f" of {slice_name}" if named else " of the SLURM step"
+        where = (
+            f" of {slice_name}" if named else " of the SLURM step" if asked else " of this slice"
+        )
         if named and asked and asked.processes != named.hosts:
             raise ValueError(
                 f"{slice_name} has {named.hosts} nodes, but SLURM started {asked.processes} tasks: "
                 f"srun --nodes={named.hosts} --ntasks-per-node=1"
             )
-    hosts = asked.processes if asked else named.hosts if named else 1
+    hosts = asked.processes if asked else max(named.hosts if named else 1, tpu_hosts())
     if hosts == 1:
         return
     seconds = TIMEOUT.value or 60 + 5 * hosts
@@ -76,6 +84,8 @@ def join(slice_name: str) -> None:
     watchdog = threading.Timer(seconds, _give_up, (seconds, hosts, where, asked))
     watchdog.daemon = True
     watchdog.start()
+    # It would take SIGTERM from loop.Interrupt, and forget one that comes between two steps.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             *(asked or ()),
@@ -83,12 +93,17 @@ def join(slice_name: str) -> None:
             cluster_detection_method="deactivate" if asked else None,
             initialization_timeout=10 * seconds,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except ValueError:  # no cluster that JAX knows: the check of the devices says what is missing
         if asked:
             raise
     finally:
         watchdog.cancel()
+    if not jax.distributed.is_initialized():
+        return
+    exchange.watch()
+    cli.at_error(exchange.fail)
     if not first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 for the rest of the process
 
@@ -118,12 +133,36 @@ def of_slurm() -> Peers | None:
     return Peers(f"{first}:{port}", tasks, int(os.environ["SLURM_PROCID"]))
 
 
+def tpu_hosts() -> int:
+    """The hosts of this TPU slice, where the environment lists them; else 1."""
+    if "tpu" not in (jax.config.jax_platforms or "tpu"):
+        return 1
+    listed = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return len(listed.split(",")) * int(os.environ.get("MEGASCALE_NUM_SLICES") or 1)
+
+
 def check(mesh: config.Mesh) -> None:
-    """ValueError unless the devices are those of the slice that `mesh` was laid out for, if it was."""
+    """ValueError unless the devices are those of the slice that `mesh` was laid out for, if it was, and their
+    hosts have met."""
+    kind, count = jax.devices()[0].device_kind, jax.device_count()
+    if (hosts := jax.process_count()) > 1 and not jax.distributed.is_initialized():
+        name = next(
+            (
+                name
+                for name, of in hardware.SLICES.items()
+                if (of.devices, of.hosts) == (count, hosts)
+                and hardware.DEVICES[of.device] == hardware.find(kind)
+            ),
+            "v4_32",
+        )
+        raise ValueError(
+            f"here is {count} x {kind} on {hosts} hosts, whose processes have not met: give the slice, "
+            f"as in --config=configs/7b.py:{name} or --config.mesh.hardware={name}, or --coordinator, "
+            "--processes and --process"
+        )
     if mesh.hardware == "any":
         return
     wanted = hardware.find_slice(mesh.hardware, "mesh.hardware")
-    kind, count = jax.devices()[0].device_kind, jax.device_count()
     if (hardware.find(kind), count) != (hardware.DEVICES[wanted.device], wanted.devices):
         spread = "1 host" if wanted.hosts == 1 else f"{wanted.hosts} hosts"
         raise ValueError(
@@ -146,19 +185,57 @@ def first() -> bool:
 
 def agree(here: bool) -> bool:
     """Whether it is so on every host. All must call it."""
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(here))))
+    return all(json.loads(told) for told in exchange.gather(json.dumps(bool(here))))
 
 
 def together(work: Callable[[], T]) -> T:
-    """`work()` on every host; where it fails on one, all of them stop with a reason. All must call it."""
+    """`work()` on every host; where it fails on one, all of them stop with the reason. All must call it."""
     result = error = None
     try:
         result = work()
     except (ValueError, OSError) as caught:
         error = caught
-    if agree(error is None):
+    reasons = exchange.gather(_reason(error))
+    if not any(reasons):
         return result
-    raise error or ValueError("another host could not go on; what it printed says why")
+    raise error or ValueError(_first_of(reasons))
+
+
+def outcome(error: Exception | None) -> Exception | None:
+    """What went wrong at work that all hosts have ended, each with its own `error` if it failed there.
+
+    An error that not all hosts come here with is raised: the others wait for this host's devices. All must
+    call it.
+    """
+    try:
+        reasons = exchange.gather(_reason(error), math.inf if error is None else OUTCOME_SECONDS)
+    except exchange.Absent:
+        raise error from None
+    return error or (RuntimeError(_first_of(reasons)) if any(reasons) else None)
+
+
+def compare(settings: Callable[[], Mapping[str, Any]]) -> None:
+    """ValueError on every host, with what differs, unless all have the same. All must call it."""
+    if jax.process_count() == 1:
+        return
+    here = {name: str(value) for name, value in settings().items()}
+    first_has = json.loads(exchange.broadcast(lambda: json.dumps(here)))
+    told = exchange.gather(
+        "\n  ".join(
+            f"{name}: {first_has.get(name, 'absent')} -> {here.get(name, 'absent')}"
+            for name in dict.fromkeys((*first_has, *here))
+            if first_has.get(name) != here.get(name)
+        )
+    )
+    differing = {}
+    for host, text in enumerate(told):
+        if text:
+            differing.setdefault(text, []).append(str(host))
+    if differing:
+        raise ValueError(
+            "the hosts do not run the same; from host 0 to "
+            + "\nto ".join(f"host {', '.join(of)}:\n  {text}" for text, of in differing.items())
+        )
 
 
 def first_says(value: int) -> int:
@@ -167,8 +244,17 @@ def first_says(value: int) -> int:
 
 
 def first_lists(values: np.ndarray) -> np.ndarray:
-    """The first process's values, of one shape everywhere. All must call it."""
-    return np.asarray(multihost_utils.broadcast_one_to_all(values))
+    """The first process's values. All must call it."""
+    return np.asarray(json.loads(exchange.broadcast(lambda: json.dumps(values.tolist()))))
+
+
+def _reason(error: Exception | None) -> str:
+    return "" if error is None else str(error).strip() or type(error).__name__
+
+
+def _first_of(reasons: list[str]) -> str:
+    host = next(host for host, reason in enumerate(reasons) if reason)
+    return f"host {host} could not go on: {reasons[host]}"
 
 
 def _give_up(seconds: int, hosts: int, where: str, asked: Peers | None) -> None:

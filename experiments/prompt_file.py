@@ -48,7 +48,7 @@ def run(loaded, source: Path, target: Path, date: datetime.date | None = None) -
     )  # fmt: skip
     with loop.Interrupt() as interrupt, partial, bar:
         asked = [requests[i] for i in waiting]
-        for number, result in decoder.run(asked, stopped=interrupt.asked):
+        for number, result in decoder.run(asked, stopped=interrupt.due):
             if result.end != "interrupted":
                 partial.add(waiting[number], result)
                 bar.update()

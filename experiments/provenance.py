@@ -1,9 +1,11 @@
 """What was run: code, packages, machine, text."""
 
+import hashlib
 import os
 import platform
 import subprocess
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from llama_jax import __version__
@@ -19,6 +21,20 @@ def describe(prepared) -> dict[str, Any]:
         "data": prepared.fingerprint,
         "tokenizer": prepared.tokenizer.fingerprint,
     }
+
+
+def installed() -> dict[str, str]:
+    """What computes: versions, and a digest of each of our own files. Several hosts must have the same."""
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    root = Path(__file__).resolve().parents[1]
+    ours = sorted(
+        path for part in ("llama_jax", "experiments") for path in (root / part).rglob("*.py")
+    )
+    digests = {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        for path in ours
+    }
+    return {**versions, **digests}
 
 
 def code() -> str:

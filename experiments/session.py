@@ -150,26 +150,45 @@ def another(workdir: Path, what: str, differing: list[str]) -> ValueError:
 
 def check_shared(workdir: Path) -> None:
     """ValueError on every host unless the first one's files are seen by all."""
-    mark = workdir / f".shared_{hosts.first_says(time.time_ns() % 2**31)}"
-    if hosts.first():
-        mark.touch()
-    hosts.agree(True)  # it is there now
-    seen = hosts.agree(mark.exists())
-    if hosts.first():
-        mark.unlink()
-    if not seen:
+    if not hosts.agree(sees_the_firsts(workdir)):
         raise ValueError(
             f"--workdir={workdir} is not the same folder on all {jax.process_count()} hosts; checkpoints "
             "need one that all of them see: a mounted bucket or a network file system"
         )
 
 
+def sees_the_firsts(folder: Path) -> bool:
+    """Whether this host sees what the first one writes into a folder. All must call it."""
+    mark = folder / f".shared_{hosts.first_says(time.time_ns() % 2**31)}"
+    if hosts.first():
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+    hosts.agree(True)  # it is there now
+    seen = mark.exists()
+    hosts.agree(True)  # all have looked
+    if hosts.first():
+        mark.unlink(missing_ok=True)
+    return seen
+
+
 def prepare_once(data: config.Data, vocab_size: int) -> prepare.Prepared:
-    """The text, prepared by the first host and read by the others, who prepare it again where the cache
-    is a folder of their own."""
+    """The text, prepared by the first host and read by those that see its cache. Hosts with a cache of their
+    own prepare it at the same time. ValueError unless all come to the same rows."""
     work = lambda: prepare.prepare(data, vocab_size)  # noqa: E731
-    prepared = hosts.together(work if hosts.first() else lambda: None)
-    return hosts.together((lambda: prepared) if hosts.first() else work)
+    if jax.process_count() == 1:
+        return work()
+    reads = sees_the_firsts(Path(data.cache).expanduser()) and not hosts.first()
+    prepared = hosts.together((lambda: None) if reads else work)
+    prepared = hosts.together(work if reads else lambda: prepared)
+    hosts.compare(
+        lambda: {
+            **{f"text of data.sources.{of.name}": of.store.meta.text for of in prepared.sources},
+            "tokenizer": prepared.tokenizer.fingerprint,
+            "rows": prepared.fingerprint,
+        }
+    )
+    return prepared
 
 
 class Result(NamedTuple):
@@ -225,21 +244,19 @@ def train(
     rates = figures(run, program.module)
     recorder = loop.Recorder(run, rates, writers + boards, console, seconds, loss)
     per_token = iterator.bytes_per_token(run, prepared)
-    evaluate = functools.partial(
-        validation, machine.evaluate, run, prepared, layout, per_token, interrupt=interrupt
-    )
+    evaluate = functools.partial(validation, machine.evaluate, run, prepared, layout, per_token)
 
     def save(done: int, state: Any, seconds: float) -> None:
         lease.check()
         more = {"next_step": done, "seconds": seconds, "loss_since_row": recorder.loss}
         checkpoints.save(done, state, {**record, **more})
 
-    def complete(step: int, params: Any) -> metrics.Row:
+    def complete(step: int, params: Any, stopped: Callable[[], bool]) -> metrics.Row:
         """The row of a step, with the evaluation that a signal cut off, which is also written."""
         row = row_of(workdir, step)
         if hosts.first_says("validation_loss" in row):
             return row
-        results = evaluate(params)
+        results = evaluate(stopped, params)
         if row and results:
             metrics.jsonl(workdir / "metrics.jsonl", step - 1)(row | results)
             for write in boards:
@@ -253,12 +270,12 @@ def train(
                 runcard.retire(workdir)
             cut = first % run.eval.every == 0 and bool(row_of(workdir, first))
             if hosts.first_says(cut):
-                complete(first, state.params)
+                complete(first, state.params, interrupt.due)
             batches, advance = iterator.train(run, prepared, layout, first), machine.advance
             recorder.pause()
             state, done = loop.run(
-                run, state, advance, batches, evaluate=evaluate, save=save,
-                recorder=recorder, interrupt=interrupt, audit=audit,
+                run, state, advance, batches, evaluate=functools.partial(evaluate, interrupt.due),
+                save=save, recorder=recorder, interrupt=interrupt, audit=audit,
             )  # fmt: skip
         checkpoints.wait()
     except Exception:
@@ -271,9 +288,7 @@ def train(
     results = {}
     if done == run.train.steps:
         # Whatever cut the last evaluation short, the results are wanted now.
-        signal, interrupt.signal = interrupt.signal, ""
-        last = complete(done, state.params)
-        interrupt.signal = interrupt.signal or signal
+        last = complete(done, state.params, lambda: False)
         results = {name: value for name, value in last.items() if name.startswith("validation_")}
     rows = metrics.read(workdir / "metrics.jsonl") if hosts.first() else []
     spent = (recorder.seconds, recorder.seconds - seconds)
@@ -325,12 +340,12 @@ def figures(run: config.Run, module) -> loop.Rates:
 
 
 def validation(
-    evaluate, run, prepared, layout, bytes_per_token, params, *, interrupt
+    evaluate, run, prepared, layout, bytes_per_token, stopped, params
 ) -> dict[str, float]:
-    """Loss on held-out rows, nats a token, and bits a byte; nothing if interrupted."""
+    """Loss on held-out rows, nats a token, and bits a byte; nothing if `stopped()`, asked at each batch."""
     sums = {}
     for source, batch in iterator.validation(run, prepared, layout):
-        if interrupt.signal:
+        if stopped():
             return {}
         sums.setdefault(source, []).append(evaluate(params, batch))
     nats = {}

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import cli, hosts, session
+from experiments import cli, hosts, provenance, session
 from experiments.lease import Lease
 from llama_jax import config, tree
 from llama_jax.analysis import baseline, runcard
@@ -39,6 +39,7 @@ def main() -> int:
     hosts.join(run.mesh.hardware)
     cli.tune_for_cpu()
     hosts.check(run.mesh)
+    hosts.compare(lambda: {**config.flatten(run), **provenance.installed()})
     workdir = Path(WORKDIR.value).expanduser().absolute()
     jax.config.update("jax_compilation_cache_dir", str(Path(run.data.cache).expanduser() / "xla"))
     with session.holding(workdir, run) as lease:

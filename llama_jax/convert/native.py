@@ -237,6 +237,11 @@ def _said(folder: Path) -> Path:
     return folder / (MODEL if (folder / MODEL).is_file() else "run.json")
 
 
+def parameters(folder: Path) -> str:
+    """Where in a folder those are that `load` reads: of a run that goes on, newer ones a moment later."""
+    return str(_place(folder)[0].relative_to(folder))
+
+
 def _place(folder: Path) -> tuple[Path, str]:
     """The Orbax checkpoint of a folder, and what stands before the parameters' names in it."""
     if (folder / PARAMS).is_dir():

@@ -82,8 +82,8 @@ class Decoder:
     ) -> Iterator[tuple[int, Result]]:
         """Each request's number and result, as they end.
 
-        listen(number, text): more of a text is there. stopped(): whether to end all texts as they are.
-        ValueError, before anything runs, on a request that the decoder has no room for.
+        listen(number, text): more of a text is there. stopped(), asked once a round: whether to end all texts
+        as they are. ValueError, before anything runs, on a request that the decoder has no room for.
         """
         for number, request in enumerate(requests):
             self._check(number, request)
@@ -102,12 +102,13 @@ class Decoder:
         shared = self._shared(requests)
         texts: list[_Row | None] = [None] * len(self.held)
         while waiting or any(texts):
+            stop = stopped()
             for row in range(len(texts)):
-                if texts[row] is None and waiting and not stopped():
+                if texts[row] is None and waiting and not stop:
                     number, request = waiting.popleft()
                     active.add(row)
                     texts[row] = self._begin(row, number, request, shared, listen)
-            if not stopped() and all(one is None or not one.text.end for one in texts):
+            if not stop and all(one is None or not one.text.end for one in texts):
                 self.rows, said = self.engine.advance(self.rows)
                 tokens_BX, logprobs_BX, count_B = (np.asarray(x) for x in said)
                 for row, one in enumerate(texts):
@@ -117,7 +118,7 @@ class Decoder:
             for row, one in enumerate(texts):
                 if one is None:
                     continue
-                if stopped() and not one.text.end:
+                if stop and not one.text.end:
                     listen(one.number, one.text.cut())
                 if one.text.end:
                     # The last token need not have gone through the network.
@@ -127,7 +128,7 @@ class Decoder:
                         active.discard(row)
                     yield one.result()
                     texts[row] = None
-            if stopped():
+            if stop:
                 return
 
     def _check(self, number: int, request: Request) -> None:

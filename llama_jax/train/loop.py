@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 
-from llama_jax import config
+from llama_jax import config, sharding
 from llama_jax.train.metrics import Console, Row, Writer
 
 
@@ -25,42 +24,43 @@ class Anomaly(Exception):
 class Interrupt:
     """Notes the name of the first SIGINT or SIGTERM in `signal`; a second one acts at once.
 
-    On several hosts SIGTERM belongs to JAX's preemption service: a signal at any host is noted at all of
-    them at the same step, in `due`, and a second one adds nothing.
+    On several hosts a signal at any of them is noted by all at the same call of `due`, which all make equally
+    often.
     """
 
     def __init__(self):
         self.signal = ""
-        self._asked = 0
+        self._here = 0  # the signal at this host, of several
+        self._largest = sharding.Largest() if jax.process_count() > 1 else None
+        self._asked: jax.Array | None = None  # what all hosts say to the last call
 
     def __enter__(self):
-        if jax.process_count() > 1:
-            self._before = {signal.SIGINT: signal.signal(signal.SIGINT, self._pass_on)}
-        else:
-            both = (signal.SIGINT, signal.SIGTERM)
-            self._before = {number: signal.signal(number, self._note) for number in both}
+        both = (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._note) for number in both}
         return self
 
     def __exit__(self, *_):
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def due(self, step: int) -> bool:
-        """Whether to stop before this step. To be called at every step, on every host."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self.signal = "SIGTERM"
+    def due(self, wait: bool = False) -> bool:
+        """Whether to stop before what comes next: a step, a batch, a round of decoding, a run.
+
+        Several hosts know it one call later, when their devices have done what was before the last call, so
+        that asking costs no time; with `wait` they know it now, and wait for the devices.
+        """
+        if self._largest:
+            before, self._asked = self._asked, self._largest(self._here)
+            answer = self._asked if wait else before
+            if answer is not None and (number := int(answer)):
+                self.signal = signal.Signals(number).name
         return bool(self.signal)
 
-    def asked(self) -> bool:
-        """As `due`, where steps have no numbers of their own."""
-        self._asked += 1
-        return self.due(self._asked)
-
-    def _pass_on(self, *_):
-        signal.raise_signal(signal.SIGTERM)
-
     def _note(self, number, _):
-        self.signal = signal.Signals(number).name
+        if self._largest:
+            self._here = number
+        else:
+            self.signal = signal.Signals(number).name
         for other, handler in self._before.items():
             signal.signal(other, handler)
 
@@ -196,7 +196,7 @@ def run(
     """
     finished = saved = int(state.step)
     for done in range(finished + 1, run.train.steps + 1):
-        if interrupt.due(done):
+        if interrupt.due():
             break
         loaded = recorder.next(batches)
         if audit:

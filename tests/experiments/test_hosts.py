@@ -1,4 +1,5 @@
-"""Training and generating on two hosts: two processes on this machine, four devices each, that meet over gloo."""
+"""Two hosts: two processes on this machine, that meet over gloo. Their devices are in an order in which the rows
+of each lie apart."""
 
 import json
 import os
@@ -9,10 +10,13 @@ import sys
 import time
 
 import jax
+import numpy as np
 import pytest
 
 from experiments import cloud, hosts
-from tests.experiments import helpers
+from llama_jax import config
+from llama_jax.study import record
+from tests.experiments import helpers, test_ablate, warm
 
 STEPS = 12
 MORE = (f"--config.train.steps={STEPS}", "--config.mesh.fsdp=4", "--config.mesh.context=2")
@@ -32,17 +36,20 @@ def free_port(port: int = 0) -> int:
         return free_port(port + 1)
 
 
-def start(args, where, process, processes=2, command="train"):
-    flags = (f"--coordinator={where}", f"--processes={processes}", f"--process={process}")
+def start(args, where, process, module="experiments.train", devices=4, cwd=helpers.ROOT):
+    words = [module, *args, f"--coordinator={where}", "--processes=2", f"--process={process}"]
+    if module.startswith("experiments."):
+        words = ["tests.experiments.apart", "0,1,4,5,2,3,6,7", *words]
     return subprocess.Popen(
-        helpers.command(command, *args, *flags), cwd=helpers.ROOT, env=helpers.environment(4),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", *words], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**helpers.environment(devices), "PYTHONPATH": str(helpers.ROOT)}, text=True,
     )  # fmt: skip
 
 
-def both(args, command="train"):
+def both(args, *more, **others):
+    """Two processes; `more`: the second's own arguments."""
     where = meeting()
-    return [start(args, where, process, command=command) for process in range(2)]
+    return [start([*args, *(more * process)], where, process, **others) for process in range(2)]
 
 
 def losses(workdir):
@@ -117,15 +124,107 @@ def test_two_hosts_finish_a_run_and_one_of_them_writes_the_results(tmp_path, alo
 
 @pytest.mark.slow
 def test_a_workdir_of_each_host_alone_is_refused_by_both(tmp_path):
-    where = meeting()
-    processes = [
-        start(helpers.arguments(tmp_path, *MORE, workdir=f"run{process}"), where, process)
-        for process in range(2)
-    ]
+    processes = both(helpers.arguments(tmp_path, *MORE), f"--workdir={tmp_path}/other")
     for process in processes:
         _, error = process.communicate(timeout=120)
         assert process.returncode == 1
         assert "is not the same folder on all 2 hosts" in error
+
+
+def test_other_settings_on_one_host_are_named_by_both(tmp_path):
+    processes = both(helpers.arguments(tmp_path, *MORE), "--config.optim.learning_rate=0.5")
+    for process in processes:
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert error.splitlines()[-2:] == [
+            "error: the hosts do not run the same; from host 0 to host 1:",
+            "  optim.learning_rate: 0.003 -> 0.5",
+        ]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_other_text_on_one_host_is_named_by_both(tmp_path):
+    """Below one path, relative to where each was started."""
+    args = helpers.arguments(tmp_path, *MORE, "--config.data.sources.corpus.path=corpus.txt")
+    args[0] = f"--config={helpers.ROOT}/configs/research_300k.py"
+    where, processes = meeting(), []
+    for process, words in enumerate((20_000, 20_001)):
+        (tmp_path / f"{process}").mkdir()
+        helpers.text(tmp_path / f"{process}" / "corpus.txt", words)
+        processes.append(start(args, where, process, cwd=tmp_path / f"{process}"))
+    for process in processes:
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert "error: the hosts do not run the same; from host 0 to host 1:" in error
+        assert "\n  text of data.sources.corpus: " in error
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory):
+    """The workdirs of two_hosts.py on one host and on two; what each of the two saw; how they ended."""
+    folder = tmp_path_factory.mktemp("two")
+    text = helpers.text(folder / "corpus.txt")
+    args = [
+        "--config=configs/ablations/norm.py", *test_ablate.TINY, "--config.base.checkpoint.every=2",
+        "--config.base.data.sources.corpus.kind=files",
+        f"--config.base.data.sources.corpus.path={text}", f"--config.base.data.cache={folder}/cache",
+    ]  # fmt: skip
+    module = "tests.experiments.two_hosts"
+    one = warm.run([module, *args, f"--workdir={folder}/one"], helpers.environment(), 300)
+    assert one.returncode == 0, one.stderr
+    args += [f"--workdir={folder}/two", "--config.base.mesh.fsdp=4"]
+    ends = []
+    for process in both(args, module=module, devices=2):
+        _, error = process.communicate(timeout=300)
+        ends.append((process.returncode, error, time.monotonic()))
+    seen = [folder / f"two/seen-{process}.json" for process in range(2)]
+    assert all(file.exists() for file in seen), ends
+    return folder / "one", folder / "two", [json.loads(file.read_text()) for file in seen], ends
+
+
+def test_two_hosts_compute_what_one_does(played):
+    """Also when they were interrupted, by signals at one of them."""
+    one, two, *_ = (folder / "runs/rms+pre-seed0" for folder in played[:2])
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    cards = [json.loads((folder / "runcard.json").read_text()) for folder in (one, two)]
+    loss = [card["results"]["validation_loss"] for card in cards]
+    assert loss[1] == pytest.approx(loss[0], rel=1e-5)
+    scores = [record.read_scores(folder)[1].row_R for folder in (one, two)]
+    np.testing.assert_allclose(scores[1], scores[0], rtol=1e-5)
+    texts = [(folder / "texts.jsonl").read_text().splitlines() for folder in played[:2]]
+    tokens = [[json.loads(line)["tokens"] for line in lines] for lines in texts]
+    assert len(tokens[0]) == 4
+    assert tokens[1] == tokens[0]
+
+
+def test_a_signal_at_one_host_stops_both_wherever_it_comes(played):
+    for seen in played[2]:
+        assert seen["restoring"] == ["1"], "before the second step"
+        assert seen["between"] == ["rms+pre-seed0"], "the next run of the study is not begun"
+        assert seen["decoding"] == ["texts.jsonl.partial"]
+
+
+def test_what_differs_and_what_failed_at_one_host_is_known_to_both(played):
+    first, second = played[2]
+    assert first["compare"] == second["compare"]
+    assert first["compare"].splitlines() == [
+        "the hosts do not run the same; from host 0 to host 1:",
+        "  optim.learning_rate: 0.3 -> 1.3",
+    ]
+    assert first["together"] == "host 1 could not go on: its disk is gone"
+    assert second["together"] == "its disk is gone"
+    assert first["outcome"] == "host 1 could not go on: mine"
+    assert second["outcome"] == "mine"
+
+
+def test_an_error_within_a_step_of_one_host_ends_both(played):
+    (code, error, ended), (other_code, other_error, other_ended) = played[3]
+    assert (code, other_code) == (1, 1)
+    assert error.splitlines()[-1] == "error: [Errno 28] No space left on device"
+    assert other_error.splitlines()[-1] == "error: host 0 ended: [Errno 28] No space left on device"
+    failed = float((played[1] / "failed").read_text())
+    assert max(ended, other_ended) - failed < 60
 
 
 @pytest.mark.slow
@@ -145,7 +244,7 @@ def test_two_hosts_answer_a_file_and_go_on_as_one(tmp_path):
         "--config.mesh.data=2",
         f"--output={tmp_path}/two.jsonl",
     ]
-    processes, partial = both(spread, "generate"), tmp_path / "two.jsonl.partial"
+    processes, partial = both(spread, module="experiments.generate"), tmp_path / "two.jsonl.partial"
     limit = time.monotonic() + 240
     while time.monotonic() < limit and all(process.poll() is None for process in processes):
         if partial.exists() and partial.read_text().count("\n") > 8:
@@ -275,3 +374,48 @@ def test_a_task_of_slurm_has_all_gpus_of_its_node(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
     with pytest.raises(ValueError, match=r"16 tasks on 2 nodes; a run has one process a node"):
         hosts.join("any")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What JAX is asked by `hosts.join` without flags, on a machine where it finds no other process."""
+    calls = []
+    for name, value in (("COORDINATOR", ""), ("PROCESSES", 0), ("PROCESS", -1), ("TIMEOUT", 0)):
+        monkeypatch.setattr(hosts, name, type("Flag", (), {"value": value}))
+
+    def initialize(*args, **more):
+        calls.append((args, more))
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    yield calls
+    jax.config.update("jax_enable_preemption_service", True)
+    jax.config.update("jax_platforms", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("listed", "slices", "there"),
+    [("", "", 1), ("localhost", "", 1), ("a,b,c,d", "", 4), ("a,b", "2", 4)],
+)
+def test_a_tpu_slice_without_a_name_is_met_where_its_hosts_are_listed(
+    monkeypatch, asked, listed, slices, there
+):
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", listed)
+    monkeypatch.setenv("MEGASCALE_NUM_SLICES", slices)
+    hosts.join("any")
+    assert asked == [], "on the CPU of a host there are no others"
+    jax.config.update("jax_platforms", None)
+    assert hosts.tpu_hosts() == there
+    hosts.join("any")
+    assert len(asked) == (there > 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("TPU v4", "v4_32"), ("TPU v5 lite", "v5e_16"), ("TPU v5p", "v5p_32")]
+)
+def test_hosts_that_have_not_met_are_told_the_name_of_their_slice(monkeypatch, kind, name):
+    monkeypatch.setattr(jax, "devices", lambda: [type("Device", (), {"device_kind": kind})])
+    monkeypatch.setattr(jax, "device_count", lambda: 16)
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(ValueError, match=f"on 4 hosts, .* --config=configs/7b.py:{name} or "):
+        hosts.check(config.Mesh())

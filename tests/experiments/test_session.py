@@ -136,7 +136,7 @@ def test_an_evaluation_that_a_signal_cut_off_is_made_up_for(monkeypatch, tmp_pat
     monkeypatch.setattr(
         session,
         "validation",
-        lambda *_, interrupt: {} if interrupt.signal else {"validation_loss": 1.5},
+        lambda *args: {} if args[-2]() else {"validation_loss": 1.5},  # stopped()
     )
     seen = []
 
@@ -185,10 +185,9 @@ def test_validation_is_the_mean_over_sources_and_bits_are_of_each_sources_own_te
         return Sums(nll, weight, nll)
 
     bytes_per_token = {"prose": 4.0, "digits": 1.0}
-    interrupt = SimpleNamespace(signal="")
-    values = session.validation(
-        evaluate, None, None, None, bytes_per_token, None, interrupt=interrupt
-    )
+    values = session.validation(evaluate, None, None, None, bytes_per_token, lambda: False, None)
+    stops = iter([False, True])
+    assert session.validation(evaluate, *3 * [None], bytes_per_token, lambda: next(stops), 0) == {}
     prose, digits = 2.5 / 4 / math.log(2), 1 / math.log(2)
     assert values == pytest.approx(
         {
