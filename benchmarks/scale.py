@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -19,10 +20,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import tqdm
 
+from benchmarks import published
 from experiments import plan as command
-from llama_jax import config
-from llama_jax.analysis import hardware
-from llama_jax.plan import figures
+from llama_jax import config, sharding
+from llama_jax.analysis import flops, hardware
+from llama_jax.model import transformer
+from llama_jax.plan import aot, figures
+from llama_jax.train import program as programs
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks/scale.json", ROOT / "docs/scale.md"
@@ -74,7 +78,7 @@ SMALL = [
     for stem in ("research_150m", "research_350m", "research_1b")
     for name in ("v4_8", "v5e_8", "v6e_8")
 ]
-PUBLISHED = (
+CONFIGS = (
     *(("7b", "v4_32"), ("13b", "v4_64"), ("33b", "v4_128"), ("65b", "v4_512")),
     *(("llama2_7b", "v4_32"), ("llama2_13b", "v5p_32"), ("llama2_70b", "v5p_1024")),
     *(("llama3_8b", "v5p_32"), ("llama3_70b", "v5p_512"), ("llama31_8b", "v5p_128")),
@@ -85,8 +89,10 @@ PUBLISHED = (
 
 
 def runs() -> list[config.Run]:
-    found = [make() for make in FIXED]
-    return found + [best(stem, name) for stem, name in (*SMALL, *PUBLISHED)]
+    """Those beside published runs first, each once."""
+    beside = map(published.ours, published.COMPARED)
+    found = list(dict.fromkeys([make() for make in (*beside, *FIXED)]))
+    return found + [best(stem, name) for stem, name in (*SMALL, *CONFIGS)]
 
 
 def title(run: config.Run) -> str:
@@ -103,57 +109,160 @@ def title(run: config.Run) -> str:
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     only = next((a.removeprefix("--only=") for a in sys.argv[1:] if a.startswith("--only=")), "")
-    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    wanted = {key_of(run) for run in runs()}
-    kept = {key: value for key, value in kept.items() if key in wanted}
-    todo = [run for run in runs() if only.lower() in f"{title(run)} {run.mesh.hardware}".lower()]
-    for run in tqdm.tqdm(todo, desc="compiling"):
-        if (key := key_of(run)) not in kept:
-            plan = figures.plan(run, run.mesh.hardware, compile=True)
-            kept[key] = {"run": config.to_dict(run), "plan": dataclasses.asdict(plan)}
-            RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
-            write(kept)
+    all_ = {key_of(run): run for run in runs()}
+    kept = read()
+    kept = {
+        key: kept[key] for key, run in all_.items() if key in kept and not stale(kept[key], run)
+    }
+    todo = [
+        key
+        for key, run in all_.items()
+        if key not in kept and only.lower() in f"{title(run)} {run.mesh.hardware}".lower()
+    ]
+    for key in tqdm.tqdm([] if "--write" in sys.argv else todo, desc="compiling"):
+        kept[key] = compiled(all_[key])
+        RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+        write(kept)
+    RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
     write(kept)
 
 
+def read() -> dict:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
 def key_of(run: config.Run) -> str:
-    """What decides the compiler's answer, but for this project's code."""
-    options = hardware.compiler_options(hardware.find_slice(run.mesh.hardware).device)
+    """Of a run's settings."""
+    return hashlib.sha256(json.dumps(changed(run)).encode()).hexdigest()[:16]
+
+
+def changed(run: config.Run) -> dict:
+    """The settings that are not the usual ones."""
     usual = config.flatten(config.Run())
-    changed = {
+    return {
         place: value for place, value in config.flatten(run).items() if value != usual.get(place)
     }
-    asked = [changed, options, metadata.version("jax"), _libtpu()]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+
+def compiled(run: config.Run) -> dict:
+    """What the compiler says of a run, and of what it says it."""
+    try:
+        said = aot.compile(run, run.mesh.hardware)._asdict()
+    except aot.DoesNotFit as error:
+        said = {"does_not_fit": str(error)}
+    row = f"{title(run)} {run.mesh.hardware}"
+    return {"row": row, "run": config.to_dict(run), **of_what(run), "compiled": said}
+
+
+def of_what(run: config.Run) -> dict:
+    """All that decides the compiler's answer: the traced program, flags, versions."""
+    slice_ = hardware.find_slice(run.mesh.hardware)
+    program = programs.build(run, sharding.abstract(run.mesh, slice_.devices))
+    traced = str(program.step.trace(program.state, program.batch).jaxpr)
+    # Sets of names are printed in another order by each process.
+    in_order = lambda found: ", ".join(sorted(found.group(1).split(", ")))  # noqa: E731
+    traced = re.sub(r"frozenset\(\{([^}]*)\}\)", in_order, traced)
+    return {
+        "program": hashlib.sha256(traced.encode()).hexdigest()[:16],
+        "options": hardware.compiler_options(slice_.device),
+        "topology": slice_.topology,
+        "libtpu": _libtpu(),
+        "jax": metadata.version("jax"),
+    }
+
+
+def stale(entry: dict, run: config.Run) -> bool:
+    return any(entry[name] != value for name, value in of_what(run).items())
+
+
+def plan_of(run: config.Run, entry: dict) -> figures.Plan:
+    said = entry["compiled"]
+    if message := said.get("does_not_fit"):
+        return figures.of(run, run.mesh.hardware, aot.DoesNotFit(message))
+    return figures.of(run, run.mesh.hardware, aot.Compiled(**said))
 
 
 def write(kept: dict) -> None:
-    wanted = [key_of(run) for run in runs()]
-    rows = [
-        (config.from_dict(kept[key]["run"]), figures.Plan(**kept[key]["plan"]))
-        for key in wanted
-        if key in kept
-    ]
+    every = runs()
+    rows = [(run, plan_of(run, kept[key_of(run)])) for run in every if key_of(run) in kept]
     header = ("network", "T", *command.COLUMNS, "by formula")
     lines = [
         "# On slices, by TPU's compiler",
         "",
-        "Written by `make compile-all`: one micro-step of each, compiled with libtpu "
-        f"{_libtpu()} and jax {metadata.version('jax')} for slices that were not there. Memory, cycles "
-        "and FLOPs are the compiler's and the program's, and exact; step time and MFU are estimates, from "
-        "products alone to everything in series (`llama_jax/plan/roofline.py`). The last column is the "
-        "memory formula over the compiler's figure.",
+        f"Written by `make compile-all`, {len(rows)} of {len(every)} rows so far: one micro-step of each, "
+        f"compiled with libtpu {_libtpu()} and jax {metadata.version('jax')} for slices that were not there. "
+        "Memory, cycles and FLOPs are the compiler's and the program's, and exact; step time and MFU are "
+        "estimates (`llama_jax/plan/roofline.py`). The last column is the memory formula over the compiler's "
+        "figure.",
         "",
         f"| {' | '.join(header)} |",
         "|---" * len(header) + "|",
     ]
     for run, plan in rows:
-        formula = figures.plan(run, plan.slice, compile=False).hbm_gib_per_chip
+        formula = figures.of(run, plan.slice, None).hbm_gib_per_chip
         share = f"{formula / plan.hbm_gib_per_chip:.2f}"
         cells = [title(run), str(run.data.seq_len), *command.row(run, plan), share]
         lines.append(f"| {' | '.join(cells)} |")
     _, mark, notes = PAGE.read_text().partition("\n## Reading it")
-    PAGE.write_text("\n".join(lines) + "\n" + mark + notes)
+    PAGE.write_text("\n".join([*lines, "", *beside_published(kept)]) + "\n" + mark + notes)
+
+
+def beside_published(kept: dict) -> list[str]:
+    """The section that holds the brackets against published runs."""
+    header = (
+        "network",
+        "slice",
+        "T",
+        "tokens/s a chip",
+        "as published",
+        "whole square",
+        "causal half",
+    )
+    lines = [
+        "## Published runs",
+        "",
+        "What others measured on TPUs, and the bracket of the nearest run that can be said here. MFU by "
+        "both conventions is computed from the tokens a second; brackets are of the causal half. Sources: "
+        "`benchmarks/published.py`.",
+        "",
+        f"| {' | '.join(header)} | bracket | holds | recipe | compiled here |",
+        "|---" * (len(header) + 4) + "|",
+    ]
+    for one in published.COMPARED:
+        run = published.ours(one)()
+        cells = [*_figures(one), "not compiled yet", ""]
+        if key_of(run) in kept:
+            plan = plan_of(run, kept[key_of(run)])
+            cells[-2:] = ["does not fit", f"**no**: {one.outside}"]
+            if plan.mfu_low is not None:
+                cells[-2] = command.bracket(plan.mfu_low, plan.mfu_high, ".1%")
+                inside = plan.mfu_low <= mfu(one) <= plan.mfu_high
+                cells[-1] = (
+                    "yes" if inside else f"**no**: {one.outside}"
+                ) + " (fitted)" * one.fitted
+        lines.append(f"| {' | '.join([*cells, one.recipe, one.differs or 'the same'])} |")
+    lines += ["", "Listed, not compared:", "", f"| {' | '.join(header)} | why |"]
+    lines += ["|---" * (len(header) + 1) + "|"]
+    lines += [f"| {' | '.join([*_figures(one), one.differs])} |" for one in published.LISTED]
+    return lines
+
+
+def _figures(one: published.Published) -> list[str]:
+    both = [f"{mfu(one, square):.1%}" for square in ("whole", "half")]
+    return [one.network, one.slice, f"{one.seq_len:,}", f"{one.tokens:,g}", one.said, *both]
+
+
+def mfu(one: published.Published, square: str = "half") -> float:
+    """MFU of a published run, of the bfloat16 peak, by the tokens that it trained on a second."""
+    slice_ = hardware.find_slice(one.slice.split(",")[0])
+    model = config.freeze(importlib.import_module(f"configs.{one.network}").get_config()).model
+    module = transformer.build(model, sharding.abstract(config.Mesh(), 1))
+    a_token = flops.per_token(module, one.seq_len)
+    if square == "whole":
+        a_token += 6 * model.layers * model.heads * model.head_dim * one.seq_len
+    device = hardware.DEVICES[slice_.device]
+    peak = device.bf16_tflops * 1e12 * slice_.devices / slice_.chips
+    return one.tokens * a_token / peak
 
 
 def _libtpu() -> str:

@@ -5,7 +5,7 @@
 compiles the training step for the slice with TPU's compiler (the extra `tpu`), about two minutes; --analytic
 takes the formulas alone, a second. --suggest ranks the layouts that fit and compiles the best few.
 
-    python -m experiments.plan --config=configs/llama31_70b.py --config.mesh.hardware=v5e_16 \
+    python -m experiments.plan --config=configs/llama31_70b.py --config.mesh.hardware=v5e_16 \\
         --config.mesh.tensor=8 --decode=8 --bits=8
 
 compiles instead a token of generating 8 texts at a time, with weights as experiments.quantise makes them.
@@ -14,6 +14,7 @@ compiles instead a token of generating 8 texts at a time, with weights as experi
 import dataclasses
 import json
 import os
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX: planning touches no device
 
@@ -58,12 +59,22 @@ def main() -> int:
         return generating(run, name)
     if SUGGEST.value:
         return suggest(run, name)
+    note_compiling(name)
     plan = figures.plan(run, name, compile=not ANALYTIC.value)
     show([(run, plan)])
     return 0 if plan.fits else 1
 
 
+def note_compiling(name: str) -> None:
+    """Said before the silence."""
+    if not (ANALYTIC.value or JSON.value) and hardware.find_slice(name).topology:
+        print(
+            f"compiling for {name}: one to five minutes; --analytic takes a second", file=sys.stderr
+        )
+
+
 def generating(run: config.Run, name: str) -> int:
+    note_compiling(name)
     texts = decoding.Texts(DECODE.value, CONTEXT.value, int(BITS.value))
     try:
         plan = decoding.plan(run, name, texts)
@@ -99,12 +110,21 @@ def suggest(run: config.Run, name: str) -> int:
     if not found:
         raise ValueError(f"no layout of this run fits {name}")
     plans = []
+    note_compiling(name)
     for one in tqdm.tqdm(found[:COMPILED], desc="compiling", disable=ANALYTIC.value or JSON.value):
         plans.append((one.run, figures.plan(one.run, name, compile=not ANALYTIC.value)))
     plans.sort(key=lambda pair: (not pair[1].fits, pair[1].step_seconds_high or 0))
     show(plans)
     if not JSON.value:
-        print("\nthe first, as settings:\n  " + " ".join(settings(run, plans[0][0])))
+        changed = " ".join(settings(run, plans[0][0]))
+        chosen = (
+            f"as settings:\n  {changed}"
+            if changed
+            else "is the config's own layout: nothing to set"
+        )
+        print(f"\nthe first {chosen}")
+        if ANALYTIC.value:
+            print(no_times(name))
     return 0
 
 
@@ -194,19 +214,27 @@ def report(run: config.Run, plan: figures.Plan) -> list[str]:
             )
         lines += [
             "",
-            "estimated, from products alone to everything in series (llama_jax/plan/roofline.py):",
+            "estimated (llama_jax/plan/roofline.py; docs/scale.md holds it against published runs):",
             f"  step {bracket(plan.step_seconds_low, plan.step_seconds_high, '.3g')} s, "
             f"MFU {bracket(plan.mfu_low, plan.mfu_high, '.1%')}, "
-            f"{plan.tokens_per_second_per_chip:,.0f} tokens/s/chip in series",
-            f"  {run.train.steps:,} steps: {plan.days:,.1f} days, {plan.chip_hours:,.0f} chip-hours, "
+            f"at least {plan.tokens_per_second_per_chip:,.0f} tokens/s/chip",
+            f"  {run.train.steps:,} steps: {bracket(plan.days_low, plan.days, ',.1f')} days, "
+            f"{bracket(plan.chip_hours_low, plan.chip_hours, ',.0f')} chip-hours, "
             + (
-                f"{plan.kwh:,.0f} kWh, {plan.tco2eq:,.2f} tCO2eq"
+                f"at most {plan.kwh:,.0f} kWh, {plan.tco2eq:,.2f} tCO2eq"
                 if plan.kwh
                 else "energy unknown (the chip's power is not published)"
             ),
         ]
     lines.append(f"  a checkpoint takes {plan.checkpoint_gib:,.1f} GiB")
-    return lines
+    return lines if plan.flops_executed else [*lines, no_times(plan.slice)]
+
+
+def no_times(name: str) -> str:
+    """Why a plan by formula has no step time: the formula is for ranking, up to a half off."""
+    if not hardware.find_slice(name).topology:
+        return "step time, days and chip-hours take a compiler, and there is none for GPUs here"
+    return "step time, days and chip-hours take the compiler: the same command without --analytic"
 
 
 def layout(mesh: config.Mesh) -> str:

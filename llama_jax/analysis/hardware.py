@@ -54,8 +54,11 @@ DEVICES = {
 
 
 # KiB of its vector memory that one operation may use: larger tiles read HBM less often. A third faster on
-# v6e than with the compiler's own limit, an eighth on v5e and v5p; v4 takes no other (LOG.md).
-TILE_KIB = {"TPU v5 lite": 98304, "TPU v5": 65472, "TPU v6 lite": 98304, "TPU7x": 65472}
+# v6e than with the compiler's own limit, an eighth on v5e and v5p; v4 takes no other (LOG.md). Above what v7x
+# has, the compiler retries with ever smaller tiles: 65,472 compiles a product 11 times as long as 49,152 and
+# makes it slower.
+TILE_KIB = {"TPU v5 lite": 98304, "TPU v5": 65472, "TPU v6 lite": 98304, "TPU7x": 57344}
+HALF_CHIPS = ("TPU v2", "TPU v3", "TPU7x")  # a device is one of a chip's two cores
 SPARSE_CORES = ("TPU v5", "TPU v6 lite", "TPU7x")  # they gather and reduce beside the products
 
 
@@ -94,6 +97,10 @@ class Slice(NamedTuple):
     accelerator: str  # as the cloud calls it
     topology: str = ""  # as JAX's compiler calls one slice; "" where it has none
     slices: int = 1
+
+    @property
+    def chips(self) -> int:
+        return self.devices // (2 if self.device in HALF_CHIPS else 1)
 
     @property
     def kernel(self) -> str:

@@ -82,7 +82,10 @@ def of_bytes(
         gradients=(in_compute_dtype + parameters * (run.train.microbatches > 1)) / 2**30,
         activations=own * stored(model) * width / 2**30,
         logits=(logits + across * 2 * gathered) / 2**30,
-        work=_work(model, own, width, mesh["tensor"], WORK.get(device_kind), run.data.seq_len)
+        work=(
+            _work(model, own, width, mesh["tensor"], WORK.get(device_kind), run.data.seq_len)
+            + _bias(run, rows, width)
+        )
         / 2**30,
     )
 
@@ -102,7 +105,8 @@ def check(need: Need, available: float) -> None:
         raise ValueError(
             f"this run needs at least {need.total:.1f} GiB on each device (parameters and optimiser "
             f"{need.state:.1f}, gradients {need.gradients:.1f}, activations {need.activations:.1f}, "
-            f"logits {need.logits:.1f}) but {available:.1f} GiB is free; {advice(need, available)}"
+            f"logits {need.logits:.1f}, work of a layer {need.work:.1f}) but {available:.1f} GiB is free; "
+            f"{advice(need, available)}"
         )
 
 
@@ -110,9 +114,13 @@ def advice(need: Need, available: float) -> str:
     if need.state + need.gradients > available:
         times = math.ceil((need.state + need.gradients) / available)
         return f"use at least {times} times as many devices (mesh.fsdp) or a smaller config"
-    largest = max((need.activations, "activations"), (need.logits, "logits"))[1]
+    largest = max((need.activations, "activations"), (need.logits, "logits"), (need.work, "work"))[
+        1
+    ]
     if largest == "logits":
         return "raise train.loss_chunks, or raise train.microbatches"
+    if largest == "work":
+        return "raise train.microbatches"
     return "raise train.microbatches, or set model.remat to 'full'"
 
 
@@ -164,6 +172,13 @@ def _work(
     seen = seq_len / 2 if seq_len <= IN_ORDER_FROM else BLOCK
     scores = 4 * tokens * model.heads * seen if model.kernel == "blockwise" else 0
     return width * (work.weights * weights + tokens * arrays) + SCORES * scores
+
+
+def _bias(run: config.Run, rows: int, width: int) -> float:
+    """Bytes of [B, 1, T, T], as which cuDNN's kernel takes a mask that hides other documents."""
+    if run.model.kernel != "cudnn" or run.data.segments != "document":
+        return 0.0
+    return run.train.batch_size / run.train.microbatches / rows * run.data.seq_len**2 * width
 
 
 def _local(shapes: Any) -> float:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,11 +58,16 @@ def compile(run: config.Run, name: str, decode: Sequence = ()) -> Compiled:
 
     The training step, or with `decode`, the values of a decoding.Texts, one of decoding.
     """
+    path = [*PLACES, *sys.path]
+    if PathFinder.find_spec("libtpu", path) is None:
+        raise ValueError(
+            "compiling for a TPU needs libtpu; install it with: pip install -e '.[tpu]'"
+        )
     request = json.dumps({"run": config.to_dict(run), "slice": name, "decode": list(decode)})
     child = subprocess.run(
         [sys.executable, "-c", "from llama_jax.plan import aot; aot.answer()"],
         input=request,
-        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([*PLACES, *sys.path])},
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path)},
         capture_output=True,
         text=True,
     )
@@ -86,8 +92,6 @@ def answer() -> None:
         said = _compile(run, request["slice"], request["decode"])._asdict()
     except ValueError as error:
         said = {"error": str(error)}
-    except ImportError as error:
-        said = {"error": f"compiling for a TPU needs libtpu ({error}): pip install -e '.[tpu]'"}
     except Exception as error:  # JAX raises the compiler's errors as RuntimeErrors of its own
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -127,7 +131,7 @@ def _compile(run: config.Run, name: str, decode: Sequence) -> Compiled:
         cycles=hlo.cycles(scheduled),
         flops=executed.total / layout.mesh.size,
         kernel_flops=executed.kernels / layout.mesh.size,
-        collectives=[one._asdict() for one in hlo.collectives(scheduled)],
+        collectives=[one._asdict() for one in hlo.merged(hlo.collectives(scheduled))],
         seconds=time.monotonic() - start,
     )
 

@@ -15,8 +15,9 @@ from llama_jax.train import program as programs
 class Plan:
     """Of one run on one slice. None: not known without the compiler, or not published of the device.
 
-    Bytes, cycles and FLOPs are of one chip (on TPU v2 and v3 one core) and one optimiser step; seconds,
-    MFU, days and what follows from them are estimates, low the fast end of the bracket, high the slow one.
+    Bytes, cycles and FLOPs are of one device (a chip; on TPU v2, v3 and v7x half of one) and one optimiser
+    step; seconds, MFU, days and what follows from them are estimates, low the fast end of the bracket, high
+    the slow one.
     """
 
     slice: str
@@ -34,8 +35,10 @@ class Plan:
     step_seconds_high: float | None
     mfu_low: float | None
     mfu_high: float | None
-    tokens_per_second_per_chip: float | None
-    chip_hours: float | None
+    tokens_per_second_per_chip: float | None  # of the slow end
+    chip_hours_low: float | None
+    chip_hours: float | None  # of the slow end, as days, kWh and CO2
+    days_low: float | None
     days: float | None
     checkpoint_gib: float
     kwh: float | None
@@ -45,6 +48,16 @@ class Plan:
 
 def plan(run: config.Run, name: str, compile: bool) -> Plan:
     """Figures of `run` on the slice `name`, by formula and, if asked and there is one, by the compiler."""
+    if not (compile and hardware.find_slice(name).topology):
+        return of(run, name, None)
+    try:
+        return of(run, name, aot.compile(run, name))
+    except aot.DoesNotFit as error:
+        return of(run, name, error)
+
+
+def of(run: config.Run, name: str, compiled: aot.Compiled | aot.DoesNotFit | None) -> Plan:
+    """The same from what the compiler said; None: by formula."""
     slice_ = hardware.find_slice(name)
     device = hardware.DEVICES[slice_.device]
     program = programs.build(run, sharding.abstract(run.mesh, slice_.devices))
@@ -59,11 +72,9 @@ def plan(run: config.Run, name: str, compile: bool) -> Plan:
         flops_model=model,
         checkpoint_gib=whole / 2**30,
     )
-    if not (compile and slice_.topology):
+    if compiled is None:
         return _of(known, need.total, "formula")
-    try:
-        compiled = aot.compile(run, name)
-    except aot.DoesNotFit:
+    if isinstance(compiled, aot.DoesNotFit):
         return _of(known, max(need.total, device.hbm_gib), "compiler", fits=False)
     return _of(known, compiled.hbm_gib, "compiler", **_times(run, slice_, model, compiled))
 
@@ -72,7 +83,7 @@ def _times(run, slice_, model: float, compiled: aot.Compiled) -> dict[str, Any]:
     device = hardware.DEVICES[slice_.device]
     took = roofline.seconds(compiled, slice_, memory.offloaded(run))
     mfu = lambda seconds: model / seconds / (device.bf16_tflops * 1e12)  # noqa: E731
-    hours = took.high * run.train.steps / 3600
+    hours_low, hours = (end * run.train.steps / 3600 for end in (took.low, took.high))
     energy = carbon.kwh(hours * slice_.devices, device.watts) if device.watts else None
     return dict(
         mcycles=sum(compiled.cycles.values()) / 1e6,
@@ -82,8 +93,10 @@ def _times(run, slice_, model: float, compiled: aot.Compiled) -> dict[str, Any]:
         step_seconds_high=took.high,
         mfu_low=mfu(took.high),
         mfu_high=mfu(took.low),
-        tokens_per_second_per_chip=run.tokens_per_step / took.high / slice_.devices,
-        chip_hours=hours * slice_.devices,
+        tokens_per_second_per_chip=run.tokens_per_step / took.high / slice_.chips,
+        chip_hours_low=hours_low * slice_.chips,
+        chip_hours=hours * slice_.chips,
+        days_low=hours_low / 24,
         days=hours / 24,
         kwh=energy,
         tco2eq=energy and carbon.kg_co2(hours * slice_.devices, device.watts) / 1000,

@@ -207,6 +207,14 @@ def collectives(program: Program) -> list[Collective]:
     return found
 
 
+def merged(found: list[Collective]) -> list[Collective]:
+    """The same without their sources, those that are alike once: their times add up."""
+    times: collections.Counter = collections.Counter()
+    for one in found:
+        times[one._replace(times=0, source="")] += one.times
+    return [one._replace(times=n) for one, n in times.items()]
+
+
 def _clock(program: Program, name: str) -> list[float]:
     """Cycles that have passed when each operation of a computation ends, loops within it included."""
     now, clock = 0.0, []

@@ -1,9 +1,9 @@
 """How long a compiled step takes, as a bracket: nothing here has run.
 
-The fast end counts the compiler's cycles alone, but no more FLOPs a second than the peak. The slow end adds
-what has no cycles: Pallas kernels at half the peak rate, collectives for as long as no scheduled work covers
-them, and what is sent to the host and back. Published Llama-2-70B on v5p-128 (65.4% MFU) lies between 68% and
-60% so computed.
+The estimate adds four times: the compiler's cycles, at the rate at which the generation was found to work
+them off; attention kernels, which have no cycles, at a share of the peak; collectives, for as long as no
+scheduled work covers them; and what is sent to the host and back. The bracket is a factor of SPREAD around
+it, but never faster than every product at the peak rate. docs/scale.md holds it against published runs.
 """
 
 import itertools
@@ -14,38 +14,65 @@ from typing import Any, NamedTuple
 from llama_jax.analysis import hardware
 from llama_jax.plan.aot import Compiled
 
-KERNEL_RATE = 0.5  # of the peak
+SPREAD = 1.16  # from the estimate to either end: high over low is 1.35
 HOST_GB_S = 16.0  # a chip's share of the PCIe bus of its host, one way: assumed
+
+
+class Rates(NamedTuple):
+    """Of one generation."""
+
+    slower: float  # seconds of a step's scheduled cycles over those cycles at the clock's rate
+    kernel: float  # FLOPs a second of attention kernels over the peak
+
+
+# kernel: splash is taken to reach 0.6 of the peak where a matrix unit is 128 wide, as a head is, and little
+# more than half of that where it is 256 wide and a head fills half of it (v6e, v7x); no figure of it alone is
+# published. slower: of v5p and v6e solved from one published run each (docs/scale.md, "fitted"; v5p's came
+# out as 0.97, and nothing is faster than its clock). Of v7x measured: a product of 16,384 runs at 950
+# TFLOP/s, the compiler's cycles say 1,078 (accelerator-microbenchmarks, Ironwood, GEMM results).
+RATES = {
+    "TPU v5": Rates(1.0, 0.6),
+    "TPU v6 lite": Rates(1.09, 0.35),
+    "TPU7x": Rates(1.13, 0.35),
+}
+USUAL = Rates(1.05, 0.6)  # of generations of which nobody published a run of LLaMA: assumed
 
 
 class Seconds(NamedTuple):
     """Of one step."""
 
-    compute: float
+    compute: float  # the compiler's cycles at the clock's rate
+    slower: float  # Rates.slower
     kernels: float
     exposed: float  # collectives that nothing covers
     host: float  # activations that are kept there, there and back
     at_peak: float  # every product that is computed, at the peak rate
 
     @property
+    def on_device(self) -> float:
+        return self.compute * self.slower + self.kernels + self.exposed
+
+    @property
     def low(self) -> float:
-        return max(self.compute, self.at_peak)
+        """Copies to the host hide behind all else."""
+        return max(self.on_device / SPREAD, self.host / SPREAD, self.at_peak)
 
     @property
     def high(self) -> float:
-        return self.compute + self.kernels + self.exposed + self.host
+        return (self.on_device + self.host) * SPREAD
 
 
 def seconds(compiled: Compiled, slice_: hardware.Slice, offloaded: float = 0.0) -> Seconds:
     """`offloaded` are the bytes that a device sends to its host in a step."""
-    device = hardware.DEVICES[slice_.device]
+    device, rates = hardware.DEVICES[slice_.device], RATES.get(slice_.device, USUAL)
     clock = device.ghz * 1e9
     return Seconds(
-        sum(compiled.cycles.values()) / clock,
-        compiled.kernel_flops / (KERNEL_RATE * device.bf16_tflops * 1e12),
-        sum(one["times"] * exposed(one, slice_, clock) for one in compiled.collectives),
-        host(offloaded),
-        compiled.flops / (device.bf16_tflops * 1e12),
+        compute=sum(compiled.cycles.values()) / clock,
+        slower=rates.slower,
+        kernels=compiled.kernel_flops / (rates.kernel * device.bf16_tflops * 1e12),
+        exposed=sum(one["times"] * exposed(one, slice_, clock) for one in compiled.collectives),
+        host=host(offloaded),
+        at_peak=compiled.flops / (device.bf16_tflops * 1e12),
     )
 
 

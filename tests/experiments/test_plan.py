@@ -20,7 +20,9 @@ KEYS = [
     "mfu_low",
     "mfu_high",
     "tokens_per_second_per_chip",
+    "chip_hours_low",
     "chip_hours",
+    "days_low",
     "days",
     "checkpoint_gib",
     "kwh",
@@ -46,15 +48,25 @@ def test_the_report_says_what_is_kept_where():
     assert done.stdout.startswith("v5p_512: 256 x TPU v5 on 64 hosts, mesh ")
     assert "by the formula: fits" in done.stdout
     assert "a checkpoint takes 729.6 GiB" in done.stdout
+    assert "chip-hours take the compiler: the same command without --analytic" in done.stdout
 
 
-def test_suggestions_are_a_table_and_settings_to_type():
-    done = helpers.run("plan", "--config=configs/7b.py:v6e_64", "--analytic", "--suggest")
+@pytest.mark.parametrize(
+    ("set_by_hand", "first"),
+    [
+        ([], "the first is the config's own layout: nothing to set"),
+        (["--config.model.remat=none"], "the first as settings:\n  --config."),
+    ],
+)
+def test_suggestions_are_a_table_and_settings_to_type(set_by_hand, first):
+    done = helpers.run(
+        "plan", "--config=configs/7b.py:v6e_64", "--analytic", "--suggest", *set_by_hand
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("| slice | mesh | remat |")
     assert lines[2].startswith("| v6e_64 | ")
-    assert "the first, as settings:" in done.stdout
+    assert first in done.stdout
 
 
 def test_what_is_set_by_hand_and_does_not_fit_says_what_would():

@@ -66,6 +66,15 @@ def test_what_does_not_fit_is_said_with_the_compilers_numbers():
     assert not figures.plan(big, "v4_8", compile=False).fits
 
 
+def test_without_libtpu_the_command_that_installs_it_is_named(monkeypatch):
+    monkeypatch.setattr(aot, "PLACES", ())
+    monkeypatch.setattr("sys.path", [])
+    with pytest.raises(
+        ValueError, match=r"needs libtpu; install it with: pip install -e '\.\[tpu\]'$"
+    ):
+        aot.compile(RUN, "v4_32")
+
+
 @pytest.mark.slow
 def test_the_compiler_leaves_nothing_in_this_process(capfd):
     import os

@@ -40,11 +40,22 @@ def test_a_collective_takes_its_share_of_the_bytes_over_the_links():
     assert roofline.collective(gather(kind="collective-permute"), V4_32) == pytest.approx(1)
 
 
-def test_the_bracket_goes_from_cycles_alone_to_everything_in_series():
-    """2.1e9 cycles at 1.05 GHz; 275 TFLOP of kernels at half of 275 TFLOP/s; two gathers of 0.3125 s."""
+def test_the_bracket_is_a_factor_around_cycles_kernels_and_what_nothing_covers():
+    """2.1e9 cycles at 1.05 GHz; 275 TFLOP of kernels, 275 TFLOP/s the peak; two gathers of 0.3125 s."""
     took = roofline.seconds(compiled([gather()]), V4_32)
-    assert took.low == pytest.approx(2)
-    assert took.high == pytest.approx(2 + 2 + 2 * 0.3125)
+    rates = roofline.USUAL
+    estimate = 2 * rates.slower + 1 / rates.kernel + 2 * 0.3125
+    assert took.low == pytest.approx(estimate / 1.16)
+    assert took.high == pytest.approx(estimate * 1.16)
+
+
+def test_a_generation_has_rates_of_its_own():
+    v6e = hardware.SLICES["v6e_16"]
+    took = roofline.seconds(compiled([]), v6e)
+    rates = roofline.RATES["TPU v6 lite"]
+    estimate = 2.1 / 1.75 * rates.slower + 275 / 918 / rates.kernel
+    assert (took.low * took.high) ** 0.5 == pytest.approx(estimate)
+    assert set(roofline.RATES) < set(hardware.DEVICES)
 
 
 def test_nothing_is_faster_than_the_peak():
@@ -67,7 +78,10 @@ def test_work_that_is_scheduled_beside_a_collective_covers_it():
 def test_the_slow_end_waits_for_the_host():
     took = roofline.seconds(compiled([]), V4_32, offloaded=8e9)
     assert took.host == pytest.approx(1)  # 8 GB there and back at 16 GB/s
-    assert took.high == pytest.approx(2 + 2 + 1)
+    assert took.high == pytest.approx((took.on_device + 1) * roofline.SPREAD)
+    assert took.low == pytest.approx(took.on_device / roofline.SPREAD), "copies may hide"
+    much = roofline.seconds(compiled([]), V4_32, offloaded=80e9)
+    assert much.low == pytest.approx(10 / roofline.SPREAD), "but they take their time"
 
 
 def test_slices_exchange_over_the_data_centres_network():

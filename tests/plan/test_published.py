@@ -1,0 +1,69 @@
+"""The brackets of benchmarks/scale.json beside what others measured on TPUs. Nothing is compiled."""
+
+import re
+
+import pytest
+
+from benchmarks import published, scale
+from llama_jax.analysis import hardware
+from tests.experiments import helpers
+
+KEPT = scale.read()
+NAMED = lambda one: f"{one.network} {one.slice} {one.tokens:g}"
+
+
+@pytest.mark.parametrize("one", published.COMPARED, ids=NAMED)
+def test_a_bracket_holds_the_published_mfu_or_says_why_not(one):
+    run = published.ours(one)()
+    plan = scale.plan_of(run, KEPT[scale.key_of(run)])
+    if not plan.fits:
+        assert one.outside
+        return
+    assert plan.mfu_high / plan.mfu_low < 1.351
+    holds = plan.mfu_low <= scale.mfu(one) <= plan.mfu_high
+    assert holds != bool(one.outside)
+
+
+def test_most_brackets_hold_and_half_of_the_runs_are_not_fitted():
+    compared = published.COMPARED
+    assert sum(not one.outside for one in compared) >= len(compared) - 3
+    assert sum(one.fitted for one in compared) <= len(compared) / 2
+
+
+@pytest.mark.parametrize(
+    ("network", "slice_", "square", "wanted"),
+    [
+        ("llama31_8b", "v6e_8", "whole", 0.450),
+        ("llama31_8b", "v6e_256", "whole", 0.455),
+        ("llama31_70b", "v6e_256", "whole", 0.503),
+        ("llama31_405b", "v5p_1024", "half", 314.5 / 459),
+        ("llama31_70b", "v7x_128", "half", 1207 / 2307),
+    ],
+)
+def test_tokens_give_the_published_figure_by_the_convention_that_is_said(
+    network, slice_, square, wanted
+):
+    one = next(
+        one
+        for one in published.COMPARED
+        if (one.network, one.slice, one.square) == (network, slice_, square)
+    )
+    assert scale.mfu(one, square) == pytest.approx(wanted, rel=3e-3)
+
+
+def test_rows_are_of_the_compiler_that_make_installs():
+    pinned = re.search(r"libtpu==([\d.]+)", (helpers.ROOT / "Makefile").read_text()).group(1)
+    assert {kept["libtpu"] for kept in KEPT.values()} == {pinned}
+
+
+@pytest.mark.slow  # every row is traced
+def test_rows_are_of_todays_programs():
+    """Else: make compile-all."""
+    for run in scale.runs():
+        kept = KEPT.get(scale.key_of(run))
+        if kept:
+            now = scale.of_what(run)
+            assert kept["program"] == now["program"], kept["row"]
+            assert kept["options"] == hardware.compiler_options(
+                hardware.find_slice(run.mesh.hardware).device
+            )
