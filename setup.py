@@ -37,6 +37,8 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "prep": ["scikit-learn", "mwparserfromhell", "pylatexenc", "beautifulsoup4", "lxml"],
+        # Derivatives whose tokenizer is a tokenizer.json alone.
+        "tokenizers": ["tokenizers>=0.22"],
         # Chat templates of checkpoints. Older ones have holes in the sandbox that templates run in.
         "chat": ["jinja2>=3.1.6"],
         "eval": ["lm_eval>=0.4.13"],

@@ -83,7 +83,8 @@ def announce(source) -> None:
         f"{model.output} output, {source.context} positions"
     )
     if source.tokenizer is None:
-        print("  no tokenizer was found: give --tokenizer=FILE to have it beside the weights")
+        if "tokenizer.json" not in source.carried:  # which a note speaks of
+            print("  no tokenizer was found: give --tokenizer=FILE to have it beside the weights")
     else:
         print(f"  tokenizer: {source.tokenizer.kind}")
 

@@ -80,7 +80,10 @@ def settings(folder: Path) -> tuple[config.Model, int, Tokenizer]:
     formats.check_native(folder)
     model, context, file = native.settings(folder)
     if file is None:
-        raise ValueError(f"{folder} has no tokenizer: convert it again with --tokenizer=FILE")
+        raise ValueError(
+            f"{folder} has no tokenizer that is read here: convert it again, with --tokenizer=FILE or, where "
+            "it came with a tokenizer.json, after pip install 'llama_jax[tokenizers]'"
+        )
     tokenizer = formats.loaded(file)
     formats.check_ids(tokenizer, model)
     return model, context, tokenizer

@@ -201,7 +201,8 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """kind byte: 256 bytes and specials. sp: SentencePiece. bpe: tiktoken ranks of Llama 3.
+    """kind byte: 256 bytes and specials. sp: SentencePiece. bpe: tiktoken ranks of Llama 3. json: any
+    tokenizer.json of Hugging Face, by the `tokenizers` library.
 
     sp with an empty path trains one with LLaMA's settings on the training text, vocabulary
     `model.vocab_size`, and keeps it beside the rows.
@@ -211,16 +212,17 @@ class Tokenizer:
     path: str = ""
 
     def __post_init__(self):
-        choose(("byte", "sp", "bpe"), self.kind, "data.tokenizer.kind")
+        choose(("byte", "sp", "bpe", "json"), self.kind, "data.tokenizer.kind")
         _local(self, "data.tokenizer", "path")
         if self.kind == "byte" and self.path:
             raise ValueError(
                 f"data.tokenizer.path={self.path!r} has no effect on kind 'byte'; set kind 'sp' or 'bpe'"
             )
-        if self.kind == "bpe" and not self.path:
-            raise ValueError(
-                "data.tokenizer.path='' must name the ranks file of kind 'bpe' (Llama 3's tokenizer.model)"
-            )
+        if self.kind in ("bpe", "json") and not self.path:
+            file = {"bpe": "ranks file (Llama 3's tokenizer.model)", "json": "tokenizer.json"}[
+                self.kind
+            ]
+            raise ValueError(f"data.tokenizer.path='' must name the {file} of kind {self.kind!r}")
 
 
 @dataclasses.dataclass(frozen=True)

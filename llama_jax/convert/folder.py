@@ -95,6 +95,9 @@ def small_files(source: Source, kind: str, dtypes: dict, report) -> dict[str, by
     """What stands beside the weights: settings and tokenizer."""
     tokenizer = source.tokenizer
     own = {native.TOKENIZER: tokenizer.content} if tokenizer and tokenizer.content else {}
+    if kind == "meta" and tokenizer and tokenizer.kind == "json":
+        report("Meta's format has no place for a tokenizer.json: the tokenizer is left out")
+        return {}
     if kind == "meta":
         if tokenizer and tokenizer.additions.tokens:
             names = [token.content for token in tokenizer.additions.tokens]

@@ -1,5 +1,6 @@
 """Open a checkpoint of any known kind: which kind it is, where its tokenizer lies."""
 
+import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Callable
@@ -44,6 +45,12 @@ def _extended(source: Source, tokenizer_file: str) -> Source:
     with naming(place):
         own = loaded(source.tokenizer)
         additions, notes = hf_added.read(files, own, source.model.vocab_size)
+        if own.eos < 0 and additions.eos < 0:
+            raise ValueError(
+                "tokenizer.json names no end token, and no tokenizer_config.json beside it does"
+            )
+        if own.bos < 0 and additions.bos < 0:  # as GPT-2: a text begins behind the end of another
+            additions = dataclasses.replace(additions, bos=additions.eos)
     tokenizer = dataclasses.replace(source.tokenizer, additions=additions)
     return dataclasses.replace(source, tokenizer=tokenizer, notes=(*source.notes, *notes))
 
@@ -98,7 +105,9 @@ def _hf(folder: Path, tokenizer_file: str) -> Source:
     if tokenizer is None and (folder / "tokenizer.json").is_file():
         try:
             tokenizer = read_tokenizer(folder / "tokenizer.json")
-        except ValueError as error:  # of a kind that is not LLaMA's; the file goes along as it is
+        except (
+            ValueError
+        ) as error:  # `tokenizers` is absent, or cannot read it; the file goes along as it is
             notes = (f"a tokenizer that is not read here: {error}",)
     source = hf.open_folder(folder, tokenizer)
     return dataclasses.replace(source, notes=(*source.notes, *notes))
@@ -120,14 +129,15 @@ def _tokenizer(given: str, beside: list[Path]) -> Tokenizer | None:
 
 
 def read_tokenizer(file: Path) -> Tokenizer:
-    """A SentencePiece model, tiktoken ranks, Llama 3's tokenizer.json, or llama2.c's tokenizer."""
+    """A SentencePiece model, tiktoken ranks, a tokenizer.json (Llama 3's as ranks), llama2.c's tokenizer."""
     try:
         content = file.read_bytes()
     except OSError as error:
         raise ValueError(f"--tokenizer={file} cannot be read: {error.strerror}") from error
     try:
         if content[:1] == b"{":
-            return Tokenizer("bpe", hf_json_to_ranks(content))
+            with contextlib.suppress(ValueError):  # another tokenizer than Llama 3's
+                return Tokenizer("bpe", hf_json_to_ranks(content))
         if file.suffix == ".bin":
             return Tokenizer("sp", llama2c_to_sp(content))
     except ValueError as error:

@@ -29,7 +29,7 @@ from llama_jax.tokenizer.special import AddedToken
 
 MODEL, PARAMS, TOKENIZER, CARRIED = "model.json", "params", "tokenizer.model", "huggingface"
 QUANT, ADDITIONS = "quant", "tokenizer_additions"  # of model.json
-_TOKENIZERS = ("byte", "sp", "bpe", "none")
+_TOKENIZERS = ("byte", "sp", "bpe", "json", "none")
 
 
 def is_native(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from llama_jax.tokenizer.added import NONE, Additions
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """kind "sp" or "bpe" and the content of its model file; "byte" has none. What a checkpoint adds to it."""
+    """A kind of the config, the content of its model file ("byte" has none), a checkpoint's additions."""
 
     kind: str
     content: bytes = b""
@@ -53,7 +53,9 @@ def compute_dtype(dtypes: dict[str, np.dtype]) -> str:
 
 
 def tokenizer_of(content: bytes) -> Tokenizer:
-    """The tokenizer in a file: tiktoken ranks are lines of text, a SentencePiece model is not."""
+    """The tokenizer in a file: ranks are lines of text, tokenizer.json is JSON, SentencePiece is neither."""
+    if content[:1] == b"{":
+        return Tokenizer("json", content)
     return Tokenizer("bpe" if re.match(rb"[A-Za-z0-9+/=]+ \d+\r?\n", content) else "sp", content)
 
 

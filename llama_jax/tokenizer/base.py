@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from llama_jax import config
-from llama_jax.tokenizer import bpe, byte, sp
+from llama_jax.tokenizer import bpe, byte, hf_json, sp
 from llama_jax.tokenizer.added import NONE, Additions, Extended
 
 
@@ -74,4 +74,4 @@ def load(tokenizer: config.Tokenizer, additions: Additions = NONE) -> Tokenizer:
     return own if additions == NONE else Extended(own, additions)
 
 
-KINDS = {"byte": lambda path: byte.Byte(), "sp": sp.load, "bpe": bpe.load}
+KINDS = {"byte": lambda path: byte.Byte(), "sp": sp.load, "bpe": bpe.load, "json": hf_json.load}

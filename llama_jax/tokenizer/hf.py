@@ -10,8 +10,9 @@ import dataclasses
 import json
 from collections.abc import Mapping
 
-from llama_jax.tokenizer import bpe
+from llama_jax.tokenizer import bpe, hf_json
 from llama_jax.tokenizer.added import NONE, Additions
+from llama_jax.tokenizer.alphabet import BYTES, CHARS
 from llama_jax.tokenizer.special import AddedToken
 
 SPACE = "\u2581"  # SentencePiece's visible space
@@ -28,26 +29,24 @@ SPECIALS = (
 def hf_files(kind: str, content: bytes, additions: Additions = NONE) -> dict[str, bytes]:
     """Name -> content of the tokenizer files of an export directory.
 
-    `kind` is that of the config, "sp" or "bpe"; `content` the SentencePiece model or the ranks; `additions`
-    what the checkpoint adds to it.
+    `kind` is that of the config, "sp", "bpe" or "json"; `content` the SentencePiece model, the ranks or the
+    tokenizer.json; `additions` what the checkpoint adds to it.
     The class is PreTrainedTokenizerFast: it takes tokenizer.json as it is, in transformers 4 and 5.
     LlamaTokenizer of transformers 5 rebuilds it, and then drops the first of two leading spaces.
     """
-    makers = {"sp": sp_to_hf_json, "bpe": ranks_to_hf_json}
+    makers = {"sp": sp_to_hf_json, "bpe": ranks_to_hf_json, "json": _with_additions}
     if kind not in makers:
-        raise ValueError(
-            f"data.tokenizer.kind={kind!r} has no Hugging Face form; 'sp' or 'bpe' has"
-        )
+        raise ValueError(f"data.tokenizer.kind={kind!r} has no Hugging Face form; the others have")
     tokenizer = makers[kind](content, additions)
     names = {i: name for name, i in tokenizer["model"]["vocab"].items()}
     names |= {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
     bos, eos = _ends(kind, content)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": names[bos if additions.bos < 0 else additions.bos],
-        "eos_token": names[eos if additions.eos < 0 else additions.eos],
+        "bos_token": names.get(bos if additions.bos < 0 else additions.bos),
+        "eos_token": names.get(eos if additions.eos < 0 else additions.eos),
         **({"pad_token": names[additions.pad]} if additions.pad >= 0 else {}),
-        "unk_token": tokenizer["model"]["unk_token"],
+        "unk_token": tokenizer["model"].get("unk_token"),
         "clean_up_tokenization_spaces": False,  # transformers 4 takes spaces from text otherwise
         "model_input_names": ["input_ids", "attention_mask"],
     }
@@ -162,7 +161,7 @@ def _ranks(document: dict) -> bytes:
     model, added = document["model"], document["added_tokens"]
     vocab, merges = model["vocab"], model["merges"]
     pre_tokenizer = document["pre_tokenizer"]
-    _check_kind(model, pre_tokenizer)
+    _check_kind(document, model, pre_tokenizer)
     tokens = sorted(vocab, key=vocab.get)
     if [vocab[token] for token in tokens] != list(range(len(vocab))):
         raise ValueError(
@@ -170,9 +169,8 @@ def _ranks(document: dict) -> bytes:
         )
     _check_specials(added, len(vocab))
     _check_merges(merges, vocab)
-    letters = {char: byte for byte, char in enumerate(_ALPHABET)}
     try:
-        raw = [bytes(letters[char] for char in token) for token in tokens]
+        raw = [bytes(BYTES[char] for char in token) for token in tokens]
     except KeyError as error:
         raise ValueError(
             f"tokenizer.json: character {error} in model.vocab is outside of the byte alphabet"
@@ -182,8 +180,20 @@ def _ranks(document: dict) -> bytes:
     return lines
 
 
+def _with_additions(content: bytes, additions: Additions) -> dict:
+    """A tokenizer.json with the added tokens that came beside it."""
+    document = json.loads(content)
+    taken = {token.id for token in additions.tokens}
+    kept = [token for token in document.get("added_tokens") or [] if token["id"] not in taken]
+    added = [*kept, *map(dataclasses.asdict, additions.tokens)]
+    return document | {"added_tokens": sorted(added, key=lambda token: token["id"])}
+
+
 def _ends(kind: str, content: bytes) -> tuple[int, int]:
-    """Ids of bos and eos in a model file."""
+    """Ids of bos and eos in a model file, -1 if it does not tell them."""
+    if kind == "json":
+        tokenizer = hf_json.Json(content)
+        return tokenizer.bos, tokenizer.eos
     if kind == "sp":
         trainer = _parsed(content).trainer_spec
         return trainer.bos_id, trainer.eos_id
@@ -254,7 +264,7 @@ def _splits(token, known: Mapping) -> list[tuple]:
     return [(known[a], known[b], a, b) for a, b in cuts if a in known and b in known]
 
 
-def _check_kind(model: dict, pre_tokenizer) -> None:
+def _check_kind(document: dict, model: dict, pre_tokenizer) -> None:
     if model.get("type") != "BPE" or model.get("byte_fallback") or not pre_tokenizer:
         raise ValueError(
             f"tokenizer.json: model.type={model.get('type')!r} with byte_fallback="
@@ -267,6 +277,10 @@ def _check_kind(model: dict, pre_tokenizer) -> None:
         raise ValueError(
             f"tokenizer.json: pre_tokenizer splits by {patterns}, Llama 3 by {bpe.PATTERN!r} and "
             "then to bytes; it is another model's"
+        )
+    if document["normalizer"] or any(step.get("add_prefix_space") for step in steps):
+        raise ValueError(
+            "tokenizer.json: it changes the text before it splits it; Llama 3's does not"
         )
     if not model.get("ignore_merges"):
         raise ValueError("tokenizer.json: model.ignore_merges must be true, as Llama 3 has it")
@@ -320,20 +334,8 @@ def _check_model(model, proto) -> None:
 
 
 def _spell(token: bytes) -> str:
-    return "".join(_ALPHABET[byte] for byte in token)
-
-
-def _alphabet() -> str:
-    """GPT-2's character for every byte: itself where it prints, else the next from U+0100 on."""
-    printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printing]
-    chars = {byte: chr(byte) for byte in printing}
-    chars |= {byte: chr(0x100 + i) for i, byte in enumerate(others)}
-    return "".join(chars[byte] for byte in range(256))
+    return "".join(CHARS[byte] for byte in token)
 
 
 def _dump(document: dict) -> bytes:
     return (json.dumps(document, ensure_ascii=False, indent=2) + "\n").encode()
-
-
-_ALPHABET = _alphabet()

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import sys
 
 import pytest
 
@@ -120,3 +121,52 @@ def test_chat_models_of_llama3_end_turns_in_hugging_face_too(tmp_path):
     for name in ("config.json", "generation_config.json"):
         said = json.loads((tmp_path / "out" / name).read_text())
         assert (said["bos_token_id"], said["eos_token_id"]) == (256, [257, 264, 265])
+
+
+@pytest.fixture
+def json_alone(tmp_path):
+    """A network whose tokenizer is a byte-level tokenizer.json that no ranks can say."""
+    library = pytest.importorskip("tokenizers")
+    alphabet = library.pre_tokenizers.ByteLevel.alphabet()
+    vocab = {"<|endoftext|>": 0} | {char: i + 1 for i, char in enumerate(sorted(alphabet))}
+    tokenizer = library.Tokenizer(library.models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    model = dataclasses.replace(small.MODEL, vocab_size=260)
+    came = small.hf(tmp_path / "came", small.state(model), vocab_size=260)
+    (came / "tokenizer.json").write_text(tokenizer.to_str())
+    return came
+
+
+def test_a_tokenizer_json_alone_comes_in_and_leaves(json_alone, tmp_path):
+    for source in (
+        formats.open_checkpoint(json_alone, "", ""),
+        small.convert(json_alone, tmp_path / "native", "native"),
+        small.convert(tmp_path / "native", tmp_path / "out", "hf"),
+    ):
+        tokenizer = formats.loaded(source.tokenizer)
+        assert (source.tokenizer.kind, tokenizer.eos, tokenizer.prefix) == ("json", 0, ())
+        assert tokenizer.decode(tokenizer.encode("a é")) == "a é"
+    out = (tmp_path / "out/tokenizer.json").read_bytes()
+    assert out == (json_alone / "tokenizer.json").read_bytes()
+    told = []
+    small.convert(json_alone, tmp_path / "meta", "meta", report=told.append)
+    assert any("no place for a tokenizer.json" in line for line in told)
+    assert not (tmp_path / "meta/tokenizer.model").exists()
+
+
+def test_a_tokenizer_json_that_is_given_leaves_for_hugging_face(json_alone, tmp_path):
+    (json_alone / "added_tokens.json").write_text('{"<x>": 257}')
+    source = formats.open_checkpoint(json_alone, "", str(json_alone / "tokenizer.json"))
+    folder.convert(source, tmp_path / "out", "hf", None, print, print)
+    again = formats.loaded(formats.open_checkpoint(tmp_path / "out", "", "").tokenizer)
+    assert (again.special["<x>"], again.eos, again.bos) == (257, 0, 0)
+    assert 257 in again.encode("a<x>")
+
+
+def test_a_tokenizer_json_goes_along_where_the_library_is_absent(json_alone, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    source = formats.open_checkpoint(json_alone, "", "")
+    assert source.tokenizer is None
+    assert any("pip install 'llama_jax[tokenizers]'" in note for note in source.notes)
