@@ -25,9 +25,9 @@ def open_checkpoint(path: Path, kind: str, tokenizer_file: str) -> Source:
             f"{path} is not part of the checkpoint in {place}, which is "
             f"{', '.join(file.name for file in source.files[:8])}; give it a folder of its own"
         )
+    if source.tokenizer is not None and (tokenizer_file or source.format == "hf"):
+        source = _extended(source, tokenizer_file)
     if source.tokenizer is not None:
-        if tokenizer_file or source.format == "hf":
-            source = _extended(source, tokenizer_file)
         check_ids(loaded(source.tokenizer), source.model)
     if tokenizer_file:  # another one's files must not go along with it
         kept = {name: text for name, text in source.carried.items() if name not in hf.TOKENIZER}
@@ -46,9 +46,13 @@ def _extended(source: Source, tokenizer_file: str) -> Source:
         own = loaded(source.tokenizer)
         additions, notes = hf_added.read(files, own, source.model.vocab_size)
         if own.eos < 0 and additions.eos < 0:
-            raise ValueError(
+            reason = (
                 "tokenizer.json names no end token, and no tokenizer_config.json beside it does"
             )
+            if tokenizer_file:
+                raise ValueError(reason)
+            notes = (*source.notes, f"a tokenizer that is not read here: {place}: {reason}")
+            return dataclasses.replace(source, tokenizer=None, notes=notes)
         if own.bos < 0 and additions.bos < 0:  # as GPT-2: a text begins behind the end of another
             additions = dataclasses.replace(additions, bos=additions.eos)
     tokenizer = dataclasses.replace(source.tokenizer, additions=additions)
