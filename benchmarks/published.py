@@ -57,10 +57,6 @@ def ours(one: Published) -> Callable[[], config.Run]:
 
 
 _SHARDS = "of 4,096 over 256 chips a shard has 16 rows, which the compiler all-reduces"
-_RINGS = (
-    "over 8 chips the compiler makes products into rings of permutes, which the recipe forbids, and copies "
-    "for 0.9 of 3.9 s"
-)
 _HOST = "FSDP; layer inputs, q, k and v kept by the host"
 COMPARED = (
     Published(
@@ -77,13 +73,11 @@ COMPARED = (
         "llama31_8b", "v6e_8", 8192, 7700, "43.3%", "half",
         "FSDP; layer inputs alone; 4 rows",
         "vlasenkoalexey.github.io, TPU model performance auto-optimization (June 2026)",
-        outside=_RINGS,
     ),
     Published(
         "llama31_8b", "v6e_8", 8192, 7139, "45.0%", "whole",
         f"{_HOST}, and what o makes; 3 rows", "recipes, trillium/Llama3.1-8B-MaxText/v6e-8",
         "full recomputation, 4 rows",
-        outside=_RINGS,
     ),
     Published(
         "llama31_8b", "v6e_64", 8192, 7247, "45.7%", "whole",

@@ -26,7 +26,7 @@ def test_a_bracket_holds_the_published_mfu_or_says_why_not(one):
 
 def test_most_brackets_hold_and_half_of_the_runs_are_not_fitted():
     compared = published.COMPARED
-    assert sum(not one.outside for one in compared) >= len(compared) - 3
+    assert sum(not one.outside for one in compared) >= len(compared) - 1
     assert sum(one.fitted for one in compared) <= len(compared) / 2
 
 
