@@ -158,6 +158,13 @@ def frozen(flag: flags.FlagHolder) -> config.Run:
     return config.freeze(flag.value)
 
 
+def unescaped(stop: str) -> str:
+    """A stop of nothing but newlines and tabs, as shells hand them over: "\\n" is two characters there."""
+    if not re.fullmatch(r"(\\[nrt])+", stop):
+        return stop
+    return stop.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t")
+
+
 def slice_of(run: config.Run) -> str:
     """The slice that the page was laid out for. ValueError if for none."""
     if run.mesh.hardware == "any":

@@ -12,7 +12,6 @@ the command runs on each of them (hosts.py), and the first one prints and writes
 
 import dataclasses
 import datetime
-import re
 import sys
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from experiments.loading import (
 from llama_jax import config
 from llama_jax.convert import native
 from llama_jax.decode.generate import Decoder, Request
+from llama_jax.decode.text import repeats
 from llama_jax.train import loop
 
 CHECKPOINT = cli.define_path("checkpoint", None, "Folder of the model.", required=True)
@@ -71,7 +71,7 @@ def main() -> int:
     cache = Path(config.Data().cache).expanduser() / "xla"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     decode = config.from_dict(CONFIG.value.decode.to_dict(), config.Decode, "decode")
-    decode = dataclasses.replace(decode, stop=tuple(map(unescaped, decode.stop)))
+    decode = dataclasses.replace(decode, stop=tuple(map(cli.unescaped, decode.stop)))
     mesh = config.from_dict(CONFIG.value.mesh.to_dict(), config.Mesh, "mesh")
     hosts.check(mesh)
     hosts.compare(
@@ -102,13 +102,6 @@ def day(text: str, command: str) -> datetime.date | None:
         return datetime.date.fromisoformat(text)
     except ValueError:
         raise ValueError(f"--date={text} must be a day, as 2024-07-26") from None
-
-
-def unescaped(stop: str) -> str:
-    """A stop of nothing but newlines and tabs, as shells hand them over: "\\n" is two characters there."""
-    if not re.fullmatch(r"(\\[nrt])+", stop):
-        return stop
-    return stop.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t")
 
 
 def load_everywhere(folder: Path, decode: config.Decode, mesh: config.Mesh) -> Loaded:
@@ -161,12 +154,6 @@ def once(loaded: Loaded, prompt: str) -> int:
     if interrupt.signal:
         print(f"{interrupt.signal}: ended early", file=sys.stderr)
     return 0
-
-
-def repeats(tokens: list[int]) -> bool:
-    """Whether the last 32 tokens have a period of at most 8."""
-    last = tokens[-32:]
-    return len(last) == 32 and any(last[n:] == last[:-n] for n in range(1, 9))
 
 
 if __name__ == "__main__":

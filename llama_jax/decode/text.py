@@ -55,6 +55,12 @@ class Text:
         return rest
 
 
+def repeats(tokens: list[int]) -> bool:
+    """Whether the last 32 tokens have a period of at most 8."""
+    last = tokens[-32:]
+    return len(last) == 32 and any(last[n:] == last[:-n] for n in range(1, 9))
+
+
 def _overlap(text: str, stop: str) -> int:
     """The length of the longest end of `text` with which `stop` begins."""
     longest = min(len(text), len(stop) - 1)

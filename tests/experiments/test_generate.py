@@ -12,12 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments import chat, prompt_file
-from experiments import generate as command
+from experiments import chat, cli, prompt_file
 from experiments.loading import Loaded, form_of
 from llama_jax import config
 from llama_jax.convert import native
 from llama_jax.decode.generate import Result
+from llama_jax.decode.text import repeats
 from llama_jax.tokenizer import base, byte
 from tests.convert import small
 from tests.experiments import helpers
@@ -309,18 +309,18 @@ def test_what_an_answer_ends_with_does_not_lose_it(monkeypatch, tmp_path, llama3
 
 
 def test_stops_that_a_shell_hands_over():
-    assert [command.unescaped(s) for s in ("\\n", "\\n\\n", "\\r\\t", "\n", "\\nabla", "a\\n")] == [
+    assert [cli.unescaped(s) for s in ("\\n", "\\n\\n", "\\r\\t", "\n", "\\nabla", "a\\n")] == [
         "\n", "\n\n", "\r\t", "\n", "\\nabla", "a\\n",
     ]  # fmt: skip
 
 
 def test_a_text_that_repeats_itself_is_noticed():
     text = list(range(30))
-    assert command.repeats([*text, *[1, 2, 3] * 11])
-    assert command.repeats([7] * 32)
-    assert not command.repeats([7] * 31)
-    assert not command.repeats([*[7] * 32, 8])
-    assert not command.repeats(list(range(9)) * 4)
+    assert repeats([*text, *[1, 2, 3] * 11])
+    assert repeats([7] * 32)
+    assert not repeats([7] * 31)
+    assert not repeats([*[7] * 32, 8])
+    assert not repeats(list(range(9)) * 4)
 
 
 def test_what_no_longer_fits_is_forgotten_from_the_oldest_on(monkeypatch, tmp_path, capsys):
