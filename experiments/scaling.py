@@ -39,7 +39,9 @@ def main() -> int:
         law = scaling.fit(*runs)
         laws = scaling.bootstrap(*runs, law, DRAWS.value)
         print(f"{len(runs[0])} runs")
-        if len(runs[0]) < FEW:
+        if not laws:
+            print("  five different runs give no intervals: six are the fewest")
+        elif len(runs[0]) < FEW:
             print(
                 f"  fewer than {FEW}: five coefficients follow them closely, and the intervals are too narrow"
             )
@@ -124,10 +126,16 @@ def plan(law, laws) -> list[dict]:
     print(f"{'FLOPs':>10}{'parameters':>18}{'tokens':>20}{'loss':>9}")
     for flops in numbers(PLAN.value, "--plan"):
         best = law.best(flops)[0]
+        able = [one for one in laws if one.has_best(flops)]
+        if len(able) < len(laws):
+            print(
+                f"  {len(laws) - len(able)} of {len(laws)} bootstrap samples have no best size at {flops:.3g}"
+                " FLOPs and are left out of its interval"
+            )
         for N, D in scaling.plan(law, flops):
             loss = float(law.loss(N, D))
             mark = (
-                between([one.best(flops)[0] for one in laws], ",.0f") if np.isclose(N, best) else ""
+                between([one.best(flops)[0] for one in able], ",.0f") if np.isclose(N, best) else ""
             )
             best_mark = f"  best{mark}" if np.isclose(N, best) else ""
             print(f"{flops:10.3g}{N:18,.0f}{D:20,.0f}{loss:9.4f}{best_mark}")
@@ -146,10 +154,11 @@ def keep(folder: Path, law, laws, runs, predicted, planned) -> None:
     from llama_jax.analysis import plots
 
     folder.mkdir(parents=True, exist_ok=True)
-    intervals = {
-        name: scaling.interval([getattr(one, name) for one in laws]) for name in law._fields
-    }
-    record = {"law": law._asdict(), "intervals": intervals if laws else None}
+    intervals = None
+    if laws:
+        of = {name: [getattr(one, name) for one in laws] for name in law._fields}
+        intervals = {name: scaling.interval(values) for name, values in of.items()}
+    record = {"law": law._asdict(), "intervals": intervals}
     record |= {"predicted": predicted, "planned": planned}
     (folder / "scaling.json").write_text(json.dumps(record, indent=2) + "\n")
     written = ["scaling.json"]

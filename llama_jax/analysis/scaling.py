@@ -21,6 +21,8 @@ STARTS = {  # of log E, log A, log B, alpha, beta; a coarser grid than the paper
     "beta": (0.2, 0.8),
 }
 FLOPS = 6  # a parameter and token
+# Of log E, log A, log B, alpha, beta. Beyond them a term is nothing, or a constant over all sizes.
+BOUNDS = ((-30, 30), (-30, 60), (-30, 60), (0.01, 3), (0.01, 3))
 
 
 class Law(NamedTuple):
@@ -36,11 +38,29 @@ class Law(NamedTuple):
         return self.E + self.A / np.power(N, self.alpha) + self.B / np.power(D, self.beta)
 
     def best(self, flops: float) -> tuple[float, float]:
-        """N and D of the lowest loss at 6 N D = flops (eq. 4)."""
-        share = self.beta / (self.alpha + self.beta)
-        scale = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
-        N = scale * (flops / FLOPS) ** share
-        return N, flops / FLOPS / N
+        """N and D of the lowest loss at 6 N D = flops (eq. 4).
+
+        ValueError if the law has no such split: a term that is nothing, or does not fall.
+        """
+        ways = {"A": self.A, "B": self.B, "alpha": self.alpha, "beta": self.beta}
+        if bad := [f"{name}={value:.3g}" for name, value in ways.items() if not value > 0]:
+            raise ValueError(f"a law with {', '.join(bad)} has no best size at given FLOPs")
+        both, log_ND = self.alpha + self.beta, math.log(flops / FLOPS)
+        ratio = math.log(self.alpha / self.beta) + math.log(self.A) - math.log(self.B)
+        log_N = (ratio + self.beta * log_ND) / both
+        if not 0 <= log_N <= log_ND:
+            raise ValueError(
+                f"at {flops:.3g} FLOPs the law's best size is below one parameter or one token: one of its "
+                "two terms is nothing beside the other"
+            )
+        return math.exp(log_N), math.exp(log_ND - log_N)
+
+    def has_best(self, flops: float) -> bool:
+        try:
+            self.best(flops)
+        except ValueError:
+            return False
+        return True
 
 
 # What Hoffmann et al. fitted (eq. 10 of arXiv:2203.15556), and what their data give when fitted again
@@ -58,7 +78,12 @@ def fit(N: np.ndarray, D: np.ndarray, losses: np.ndarray) -> Law:
 def bootstrap(
     N: np.ndarray, D: np.ndarray, losses: np.ndarray, law: Law, draws: int, seed: int = 0
 ) -> list[Law]:
-    """Laws of runs drawn with replacement; for the percentiles of whatever follows from a law."""
+    """Laws of runs drawn with replacement; for the percentiles of whatever follows from a law.
+
+    None of five different runs: every sample that five coefficients can be fitted to is those five.
+    """
+    if len(set(zip(N, D, strict=True))) == 5:
+        return []
     random, found = np.random.default_rng(seed), []
     own = np.array([*np.log(np.maximum(law[:3], 1e-30)), law.alpha, law.beta])
     starts = [own, *_starts()[:: len(_starts()) // 4]]  # a few more: else draws stay near the law
@@ -126,7 +151,8 @@ def _minimum(log_N, log_D, log_loss, starts) -> Law:
     scaled = lambda x: tuple(part * 1e6 for part in objective(x))  # noqa: E731
     options = dict(maxiter=2000, ftol=1e-14, gtol=1e-9)
     found = [
-        optimize.minimize(scaled, x, jac=True, method="L-BFGS-B", options=options) for x in starts
+        optimize.minimize(scaled, x, jac=True, method="L-BFGS-B", bounds=BOUNDS, options=options)
+        for x in starts
     ]
     e, a, b, alpha, beta = min(found, key=lambda one: one.fun).x
     return Law(math.exp(e), math.exp(a), math.exp(b), float(alpha), float(beta))

@@ -54,6 +54,36 @@ def test_the_best_split_is_the_lowest_of_an_iso_flop_curve():
 
 
 @pytest.mark.parametrize(
+    ("law", "message"),
+    [
+        (Law(1.8, 0.0, 400.0, 0.3, 0.3), "A=0 has no best size"),
+        (Law(1.8, 400.0, 400.0, 0.3, -0.1), "beta=-0.1 has no best size"),
+        (Law(1.8, 1e300, 400.0, 1e-3, 0.3), "below one parameter or one token"),
+        (Law(1.8, 1e-300, 400.0, 1e-3, 0.3), "below one parameter or one token"),
+    ],
+)
+def test_a_law_without_a_best_size_says_so(law, message):
+    with pytest.raises(ValueError, match=message):
+        law.best(1e21)
+    assert not law.has_best(1e21)
+
+
+def test_exponents_of_flat_losses_stay_within_bounds():
+    """Losses that do not depend on N drive A or alpha to nothing."""
+    N, D = (x.ravel() for x in np.meshgrid(np.geomspace(1e6, 1e8, 3), np.geomspace(1e8, 1e10, 3)))
+    found = scaling.fit(N, D, 2 + 300 / D**0.3)
+    assert min(found.alpha, found.beta) >= 0.01
+    assert found.A > 0
+    assert found.loss(N, D) == pytest.approx(2 + 300 / D**0.3, rel=1e-3)
+
+
+def test_five_runs_have_no_intervals():
+    N, D = np.array([1e6, 2e6, 4e6, 8e6, 16e6]), np.array([1e8, 3e8, 9e8, 1e8, 3e8])
+    losses = CHINCHILLA.loss(N, D)
+    assert scaling.bootstrap(N, D, losses, CHINCHILLA, draws=20) == []
+
+
+@pytest.mark.parametrize(
     ("N", "D", "losses", "message"),
     [
         ([1e6] * 4, [1e8] * 4, [3.0] * 4, "1 runs that differ .* are too few"),
