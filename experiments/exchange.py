@@ -21,9 +21,9 @@ from jax._src import distributed  # JAX gives the store no public name
 
 FAILED = "llama_jax/failed"  # the key under which the first host that fails says so
 LOOK_SECONDS = 1.0  # between two looks at it
-LINGER_SECONDS = (
-    5.0  # process 0, whose end is the store's, waits so long until the others have looked
-)
+# Process 0 keeps the store and waits so long until the others have looked: without it JAX aborts them with a
+# stack trace. 5 s were too few on a busy host.
+LINGER_SECONDS = 20.0
 
 _numbers = itertools.count()  # of what is told; every host counts alike
 _over = threading.Event()

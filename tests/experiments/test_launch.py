@@ -88,7 +88,7 @@ def cloud(tmp_path):
 
     binary = tmp_path / "bin" / "gcloud"
     binary.parent.mkdir()
-    binary.write_text(f"#!{sys.executable}\n" + textwrap.dedent(CLOUD))
+    binary.write_text(f"#!{sys.executable} -IS\n" + textwrap.dedent(CLOUD))
     binary.chmod(0o755)
 
     def go(state, log, *args, failing=None, storage=None, **more):

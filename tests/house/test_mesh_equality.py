@@ -65,11 +65,10 @@ def single():
     return trained(config.Mesh(), jax.devices()[:1])
 
 
-# Without recomputation on FSDP and on heads that are repeated; the other meshes in make test-slow.
-CASES = [(mesh, "full", 2) for mesh in MESHES] + [
-    pytest.param(mesh, "none", 1, marks=[] if i in (0, 4) else pytest.mark.slow)
-    for i, mesh in enumerate(MESHES)
-]
+# FSDP, three axes at once, heads that are repeated; the other meshes, and without recomputation, in make test-slow.
+OFTEN = [(MESHES[0], "none", 1), *((MESHES[i], "full", 2) for i in (0, 2, 4))]
+CASES = [(mesh, *how) for how in (("full", 2), ("none", 1)) for mesh in MESHES]
+CASES = [pytest.param(*one, marks=[] if one in OFTEN else pytest.mark.slow) for one in CASES]
 
 
 @pytest.mark.parametrize(("mesh", "remat", "microbatches"), CASES)
@@ -181,7 +180,8 @@ def test_rows_that_do_not_divide_raise():
         layout.check_rows(12)
 
 
-@pytest.mark.parametrize("name", [pytest.param("muon", marks=pytest.mark.slow), "adafactor"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
 def test_optimisers_have_the_numbers_of_one_device(name):
     """Three steps: what they keep is no copy of the parameters, or is computed from whole matrices."""
 

@@ -124,8 +124,8 @@ def test_meshes_have_the_numbers_of_one_device(layout):
     [
         None,
         config.Quant(),
-        config.Quant(activations="int16"),
-        config.Quant(bits=4, method="nearest"),
+        pytest.param(config.Quant(activations="int16"), marks=pytest.mark.slow),
+        pytest.param(config.Quant(bits=4, method="nearest"), marks=pytest.mark.slow),
     ],
     ids=["float32", "int8", "int8 x int16", "int4"],
 )

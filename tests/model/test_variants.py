@@ -122,8 +122,15 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("mesh", ["all", pytest.param("fsdp 4 x tensor 2", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", TOGETHER)
+# One of them on one mesh; the others in make test-slow.
+PLACED = [(name, mesh) for name in TOGETHER for mesh in MESHES]
+FIRST = ("t5, sandwich, layer, biases", "all")
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [pytest.param(*one, marks=[] if one == FIRST else pytest.mark.slow) for one in PLACED],
+)
 def test_meshes_have_the_numbers_of_one_device(name, mesh, layout):
     model = dataclasses.replace(BASE, **TOGETHER[name])
     one, gradient = loss_and_gradient(model, layout)

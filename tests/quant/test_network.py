@@ -133,6 +133,7 @@ def test_what_was_trained_elsewhere_is_calibrated_here(layout, kernel):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow  # 20 s
 def test_many_devices_have_the_numbers_of_one(layout):
     model = dataclasses.replace(BASE, dim=32, heads=4, kv_heads=2, ffn_dim=48)
     module, params = make(model, layout)
