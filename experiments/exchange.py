@@ -24,6 +24,7 @@ LOOK_SECONDS = 1.0  # between two looks at it
 # Process 0 keeps the store and waits so long until the others have looked: without it JAX aborts them with a
 # stack trace. 5 s were too few on a busy host.
 LINGER_SECONDS = 20.0
+EXIT_SECONDS = 2.0  # and then, because a host says that it leaves a moment before it has left
 
 _numbers = itertools.count()  # of what is told; every host counts alike
 _over = threading.Event()
@@ -91,6 +92,8 @@ def _watch() -> None:
 
 
 def _leave(code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
     keys = [f"llama_jax/left/{process}" for process in range(jax.process_count())]
     with contextlib.suppress(RuntimeError):  # not all of them still run
         _store().key_value_set(keys[jax.process_index()], "", allow_overwrite=True)
@@ -98,8 +101,7 @@ def _leave(code: int) -> None:
             limit = time.monotonic() + LINGER_SECONDS
             for key in keys:
                 _wait(key, limit)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+            time.sleep(EXIT_SECONDS)
     os._exit(code)
 
 

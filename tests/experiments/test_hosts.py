@@ -127,7 +127,7 @@ def test_a_workdir_of_each_host_alone_is_refused_by_both(tmp_path):
     processes = both(helpers.arguments(tmp_path, *MORE), f"--workdir={tmp_path}/other")
     for process in processes:
         _, error = process.communicate(timeout=120)
-        assert process.returncode == 1
+        assert process.returncode == 1, error
         assert "is not the same folder on all 2 hosts" in error
 
 
@@ -135,7 +135,7 @@ def test_other_settings_on_one_host_are_named_by_both(tmp_path):
     processes = both(helpers.arguments(tmp_path, *MORE), "--config.optim.learning_rate=0.5")
     for process in processes:
         _, error = process.communicate(timeout=120)
-        assert process.returncode == 1
+        assert process.returncode == 1, error
         assert error.splitlines()[-2:] == [
             "error: the hosts do not run the same; from host 0 to host 1:",
             "  optim.learning_rate: 0.003 -> 0.5",
@@ -155,7 +155,7 @@ def test_other_text_on_one_host_is_named_by_both(tmp_path):
         processes.append(start(args, where, process, cwd=tmp_path / f"{process}"))
     for process in processes:
         _, error = process.communicate(timeout=120)
-        assert process.returncode == 1
+        assert process.returncode == 1, error
         assert "error: the hosts do not run the same; from host 0 to host 1:" in error
         assert "\n  text of data.sources.corpus: " in error
 
