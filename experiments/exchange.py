@@ -21,10 +21,11 @@ from jax._src import distributed  # JAX gives the store no public name
 
 FAILED = "llama_jax/failed"  # the key under which the first host that fails says so
 LOOK_SECONDS = 1.0  # between two looks at it
-# Process 0 keeps the store and waits so long until the others have looked: without it JAX aborts them with a
-# stack trace. 5 s were too few on a busy host.
+# Process 0 holds the store, and JAX aborts the other processes with a stack trace when it goes. So process 0
+# waits at most LINGER_SECONDS for every process to announce its exit (5 s were too few on a busy host), then
+# EXIT_SECONDS, because a process announces its exit before it exits.
 LINGER_SECONDS = 20.0
-EXIT_SECONDS = 2.0  # and then, because a host says that it leaves a moment before it has left
+EXIT_SECONDS = 2.0
 
 _numbers = itertools.count()  # of what is told; every host counts alike
 _over = threading.Event()
@@ -92,6 +93,7 @@ def _watch() -> None:
 
 
 def _leave(code: int) -> None:
+    """Exit at once with `code`; process 0 exits last."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     keys = [f"llama_jax/left/{process}" for process in range(jax.process_count())]
