@@ -9,6 +9,7 @@ import pytest
 from llama_jax import tree
 from llama_jax.convert import names
 from llama_jax.model import transformer
+from tests import parameters
 from tests.convert.small import MODEL
 
 
@@ -38,6 +39,12 @@ def test_names_and_shapes_are_those_of_transformers(output):
     assert ours == wanted
 
 
+def drawn(module):
+    """No two entries alike, scales included."""
+    rng = np.random.default_rng(0)
+    return parameters.drawn(module, lambda leaf: leaf + rng.normal(size=leaf.shape))
+
+
 def test_every_parameter_has_a_row_with_its_letters(module):
     letters = tree.paths(transformer.letters(module))
     rows = {u.path: ("L" if u.group >= 0 else "") + u.row.letters for u in names.units(MODEL)}
@@ -45,7 +52,7 @@ def test_every_parameter_has_a_row_with_its_letters(module):
 
 
 def test_state_dict_and_back_is_the_identity(module):
-    params = transformer.init(module, jax.random.key(0))
+    params = drawn(module)
     back = names.from_state_dict(names.state_dict(params, MODEL), MODEL)
     assert not tree.diff(params, back)
     for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(back), strict=True):
@@ -55,7 +62,7 @@ def test_state_dict_and_back_is_the_identity(module):
 def test_layers_of_a_longer_pattern_go_to_their_block(layout):
     model = dataclasses.replace(MODEL, layers=4, pattern=("self", "self"))
     module = transformer.build(model, layout)
-    params = transformer.init(module, jax.random.key(0))
+    params = drawn(module)
     state = names.state_dict(params, model)
     third = np.asarray(params["groups"]["self_0"]["ffn"]["gate"])[1]  # group 1, first of two
     np.testing.assert_array_equal(state["model.layers.2.mlp.gate_proj.weight"], third.T)

@@ -216,6 +216,7 @@ def test_a_signal_in_the_last_moments_of_a_run_ends_the_study_after_it(corpus, t
     assert [path.name for path in (workdir / "runs").iterdir()] == ["rope-seed0"]
 
 
+@pytest.mark.slow  # the session of two hosts interrupts a study too
 def test_interrupted_it_goes_on(study, corpus, tmp_path):
     """SIGTERM in a run: exit 0, and the same results as the study that ran through."""
     workdir = tmp_path / "interrupted"

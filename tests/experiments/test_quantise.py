@@ -52,6 +52,7 @@ def test_on_a_text_and_what_comes_of_it_goes_on_with_texts(model, tmp_path):
     assert "convert the folder that they were made from" in out.stderr
 
 
+@pytest.mark.slow
 def test_a_run_is_calibrated_on_its_own_data(tmp_path):
     trained = helpers.run("train", *helpers.arguments(tmp_path, "--config.train.steps=4"))
     assert trained.returncode == 0, trained.stderr

@@ -204,6 +204,7 @@ def test_the_audit_lists_every_row_once_an_epoch(tmp_path):
     assert len(set(rows)) == len(rows) == 48
 
 
+@pytest.mark.slow
 def test_a_source_of_the_command_line_is_mixed_in_and_reported_by_itself(tmp_path):
     (tmp_path / "digits.txt").write_text("".join(f"{i * 7919:08d}\n" for i in range(3000)))
     args = helpers.arguments(

@@ -70,7 +70,16 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.mark.parametrize("words", different(), ids=" ".join)
+# Those that train a tokenizer of their own are slow.
+DIFFERENT = [
+    pytest.param(
+        words, id=" ".join(words), marks=pytest.mark.slow if "books/" in " ".join(words) else []
+    )
+    for words in different()
+]
+
+
+@pytest.mark.parametrize("words", DIFFERENT)
 def test_a_command_of_the_readme_runs(words, tmp_path, cache):
     _, module, *flags = words
     flags = [re.sub(r"=/tmp/", f"={tmp_path}/", flag) for flag in flags]
@@ -130,10 +139,21 @@ def test_a_launch_of_the_readme_prints_what_it_would_do(words):
     assert "-m experiments.train --config=configs/" in done.stdout
 
 
-@pytest.mark.parametrize("words", of("plan"), ids=" ".join)
+def decodes(words: tuple[str, ...]) -> bool:
+    return any("--decode" in word for word in words)
+
+
+# Those of decoding call TPU's compiler.
+PLANNED = [
+    pytest.param(words, id=" ".join(words), marks=pytest.mark.slow if decodes(words) else [])
+    for words in of("plan")
+]
+
+
+@pytest.mark.parametrize("words", PLANNED)
 def test_a_plan_of_the_readme_fits(words):
-    """By formula; tests/plan asks the compiler. What generating takes it says of two layers."""
-    decode = any("--decode" in word for word in words)
+    """By formula; tests/plan calls the compiler. Plans of decoding are made for two layers."""
+    decode = decodes(words)
     more = ["--config.model.layers=2"] if decode else ["--analytic"]
     done = helpers.run("plan", *dict.fromkeys([*words[2:], *more]))
     assert done.returncode == 0, done.stderr
@@ -181,6 +201,7 @@ def test_what_was_trained_leaves_as_the_readme_says(tmp_path):
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_generating_is_as_the_readme_says(tmp_path):
     """Every way, with a run of a few steps for the networks that the README names."""
     trained = helpers.run("train", *helpers.arguments(tmp_path, "--config.train.steps=3"))
@@ -200,6 +221,7 @@ def test_generating_is_as_the_readme_says(tmp_path):
     assert len((tmp_path / "texts.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_weights_become_smaller_as_the_readme_says(tmp_path):
     trained = helpers.run("train", *helpers.arguments(tmp_path, "--config.train.steps=3"))
     assert trained.returncode == 0, trained.stderr

@@ -13,6 +13,7 @@ import pytest
 
 from llama_jax import config
 from llama_jax.model import transformer
+from tests import parameters
 
 BASE = config.Model(
     vocab_size=41, dim=24, layers=2, heads=6, kv_heads=3, head_dim=4, ffn_dim=20,
@@ -52,24 +53,29 @@ def changed(before, after, layout):
     """Whether two models compute different things from the same seed."""
     if shapes(before, layout) != shapes(after, layout):
         return True
-    old, new = outcome(before, layout), outcome(after, layout)
+    initial = any(
+        getattr(before, f) != getattr(after, f) for f in ("init", "init_std", "mup_base_dim")
+    )
+    old, new = outcome(before, layout, initial), outcome(after, layout, initial)
     return np.abs(old - new).max() > 1e-4 * np.abs(old).max()
 
 
 @functools.cache
-def outcome(model, layout):
-    """Logits of fixed tokens."""
+def outcome(model, layout, initial=False):
+    """Logits of fixed tokens, with drawn parameters or with the initial ones."""
     module = transformer.build(model, layout)
     tokens = jnp.asarray([[3, 1, 40, 1, 5, 9, 2, 6, 5, 3, 5]])
     positions = jnp.arange(11)[None] * 3
-
-    @jax.jit
-    def compute():
-        params = transformer.init(module, jax.random.key(0))
-        params = jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim > 2 else leaf, params)
-        return transformer.logits(module.apply({"params": params}, tokens, positions))
-
-    return np.asarray(compute())
+    params = (
+        jax.jit(lambda: transformer.init(module, jax.random.key(0)))()
+        if initial
+        else parameters.drawn(module)
+    )
+    params = jax.tree.map(lambda leaf: np.asarray(leaf) * (8 if leaf.ndim > 2 else 1), params)
+    compute = jax.jit(
+        lambda params: transformer.logits(module.apply({"params": params}, tokens, positions))
+    )
+    return np.asarray(compute(params))
 
 
 @pytest.mark.parametrize("field", WHAT)

@@ -84,7 +84,9 @@ def gradients(mesh, rows, dtype):
     return {name: np.asarray(leaf, np.float64) for name, leaf in tree.paths(found).items()}
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "mesh", [*MESHES[:2], pytest.param(MESHES[2], marks=pytest.mark.slow)], ids=str
+)
 def test_bfloat16_gradients_of_frequent_tokens_are_those_of_float32(mesh, zipf, exact):
     """Of every parameter within 2%; with sums in bfloat16 the embedding's was off by a quarter."""
     found = gradients(mesh, zipf, "bfloat16")

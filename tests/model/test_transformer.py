@@ -154,7 +154,7 @@ def test_an_unknown_choice_names_the_nearest(field, model, layout):
 
 def test_initial_values_have_the_configured_spread(model, layout):
     module = transformer.build(dataclasses.replace(model, dim=240, init_std=0.07), layout)
-    params = transformer.init(module, jax.random.key(3))
+    params = jax.jit(transformer.init, static_argnums=0)(module, jax.random.key(3))
     assert float(jnp.std(params["embed"])) == pytest.approx(0.07, rel=0.05)
     assert float(jnp.std(params["groups"]["self_0"]["ffn"]["up"])) == pytest.approx(0.07, rel=0.05)
     first, second = params["groups"]["self_0"]["ffn"]["up"]

@@ -36,6 +36,7 @@ def test_bytes_of_a_chip_are_those_of_the_network():
     assert gib(four) == pytest.approx(wanted, rel=0.002)
 
 
+@pytest.mark.slow  # 11 s of TPU's compiler
 def test_the_compiler_says_no_less_than_the_bandwidth_allows():
     model = dataclasses.replace(sizes.LLAMA31_70B, layers=2)
     run = config.Run(model=model, mesh=MESH)

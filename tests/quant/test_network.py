@@ -42,7 +42,7 @@ def test_logits_are_those_of_the_matrices_it_stands_for(layout, quant):
     close(whole(module, made, TOKENS), whole(module, dense(made), TOKENS), exact)
 
 
-@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("quant", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_in_bfloat16_it_is_as_near_as_the_matrices_are(layout, quant):
     module, params = make(dataclasses.replace(BASE, compute_dtype="bfloat16"), layout)
     made = network.quantise(module, params, QUANTS[quant])
