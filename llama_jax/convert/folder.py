@@ -11,7 +11,8 @@ import numpy as np
 
 from llama_jax import config
 from llama_jax.convert import formats, hf, job, meta_params, native, stage, targets
-from llama_jax.convert.source import Source, compute_dtype
+from llama_jax.convert.source import Source, Tokenizer, compute_dtype
+from llama_jax.tokenizer.added import NONE
 from llama_jax.tokenizer.hf import hf_files
 
 JOURNAL = 2  # raise it when what a journal vouches for is written otherwise
@@ -99,8 +100,8 @@ def small_files(source: Source, kind: str, dtypes: dict, report) -> dict[str, by
         report("Meta's format has no place for a tokenizer.json: the tokenizer is left out")
         return {}
     if kind == "meta":
-        if tokenizer and tokenizer.additions.tokens:
-            names = [token.content for token in tokenizer.additions.tokens]
+        names = _added_names(tokenizer) if tokenizer else []
+        if names:
             report(
                 f"Meta's format has no place for {len(names)} tokens that the checkpoint adds to its "
                 f"tokenizer's file: {', '.join(names[:4])}{', ...' if names[4:] else ''}"
@@ -121,6 +122,12 @@ def small_files(source: Source, kind: str, dtypes: dict, report) -> dict[str, by
     )
     generation = {"generation_config.json": _json({"_from_model_config": True, **ids})}
     return {**generation, **made, **source.carried, "config.json": _json(settings)}
+
+
+def _added_names(tokenizer: Tokenizer) -> list[str]:
+    """Of the tokens that the tokenizer's own file does not have."""
+    own = formats.loaded(dataclasses.replace(tokenizer, additions=NONE)).special
+    return [t.content for t in tokenizer.additions.tokens if own.get(t.content) != t.id]
 
 
 def _special_ids(source: Source) -> dict[str, Any]:

@@ -48,7 +48,11 @@ class Extended:
 
     def __init__(self, base, additions: Additions):
         """base: the Tokenizer of the model file."""
-        added = [token for token in additions.tokens if base.special.get(token.content) != token.id]
+        added = [
+            token
+            for token in additions.tokens
+            if base.special.get(token.content) != token.id or token.id in base.user_defined
+        ]
         taken = {token.id for token in added}
         found = [token for token in added if not token.special]  # in any text
         own = {name: i for name, i in base.special.items() if i not in taken}
@@ -121,6 +125,9 @@ class Extended:
             return self._base.decode(run)
         decode, anchor = self._base.decode, self._anchor
         return decode([*anchor, *run])[len(decode(anchor)) :]
+
+    def id_of(self, name: str) -> int:
+        return self.special.get(name, self._base.id_of(name))
 
     def token_bytes(self, token: int) -> bytes:
         shown = self._shown.get(int(token))

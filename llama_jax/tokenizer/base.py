@@ -40,6 +40,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
+    def id_of(self, name: str) -> int:
+        """The id of the token that Hugging Face's vocabulary lists under this name, -1 without one."""
+        ...
+
     def token_bytes(self, token: int) -> bytes:
         """What an id adds to the UTF-8 of a text; half a character, maybe, or nothing."""
         ...

@@ -18,6 +18,7 @@ import numpy as np
 
 from llama_jax.tokenizer import special as names
 from llama_jax.tokenizer import surrogate
+from llama_jax.tokenizer.alphabet import BYTES
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -84,6 +85,14 @@ class Bpe:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._encoding.decode([int(i) for i in ids if i < self.vocab_size])
+
+    def id_of(self, name: str) -> int:
+        if name in self.special:
+            return self.special[name]
+        try:
+            return self._encoding.encode_single_token(bytes(BYTES[char] for char in name))
+        except KeyError:  # no character of the alphabet, or no token
+            return -1
 
     def token_bytes(self, token: int) -> bytes:
         if token >= self.vocab_size:

@@ -33,5 +33,8 @@ class Byte:
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
 
+    def id_of(self, name: str) -> int:
+        return self.special.get(name, -1)
+
     def token_bytes(self, token: int) -> bytes:
         return bytes([token] if token < 256 else [])

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from llama_jax.tokenizer import bpe, hf_json
 from llama_jax.tokenizer.added import NONE, Additions
 from llama_jax.tokenizer.alphabet import BYTES, CHARS
+from llama_jax.tokenizer.sp import SPACE
 from llama_jax.tokenizer.special import AddedToken
 
-SPACE = "\u2581"  # SentencePiece's visible space
 # Hugging Face's published names of the 256 specials. Ids are Meta's; Meta calls id 128005 <|step_id|>
 # where Hugging Face has another reserved name, so that later reserved names differ by one.
 SPECIALS = (
@@ -99,8 +99,9 @@ def hf_json_to_ranks(content: str | bytes) -> bytes:
 def sp_to_hf_json(content: bytes, additions: Additions = NONE) -> dict:
     """A SentencePiece model with LLaMA's settings as a tokenizer.json with the same ids.
 
-    User-defined pieces are added tokens. Then, or where additions.spaces is "first", the space before a text
-    is Metaspace's, which a text that begins with a space or with such a piece does not get.
+    User-defined pieces are added tokens. Where the additions do not list them, or where additions.spaces is
+    "first", the space before a text is Metaspace's: a text that begins with a space or with such a piece does
+    not get it.
 
     Two splits of one piece that overlap in the text ("ab|a" and "a|ba" in "abaaba"'s middle) are
     merged from the left by SentencePiece and in the order of `merges` here, the longer left part
@@ -122,7 +123,9 @@ def sp_to_hf_json(content: bytes, additions: Additions = NONE) -> dict:
         if piece.type in named
     ]
     trainer = model.trainer_spec
-    first_alone = additions.spaces == "first" or not all(token.special for token in own)
+    listed = {token.id for token in additions.tokens}
+    found_whole = not all(token.special or token.id in listed for token in own)
+    first_alone = additions.spaces == "first" or found_whole
     prepended = {
         "type": "Sequence",
         "normalizers": [

@@ -2,15 +2,20 @@
 
 What transformers makes of the files: tokenizer.json lists added tokens with their flags;
 `added_tokens_decoder` of tokenizer_config.json overrides them; added_tokens.json of older folders has names
-and ids alone, and a name is special there if another file names it as one (tokenization_utils_base.py).
+and ids alone, and a name is special there if another file names it as one (tokenization_utils_base.py). A
+special token that no file gives an id has its vocabulary's, else the next free one
+(tokenization_utils_tokenizers.py). User-defined pieces of a SentencePiece model are added tokens, too, of
+LlamaTokenizer (convert_slow_tokenizer.py).
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from llama_jax.tokenizer.added import Additions
+from llama_jax.tokenizer.sp import SPACE, SentencePiece
 from llama_jax.tokenizer.special import AddedToken
 
 FILES = (
@@ -38,7 +43,7 @@ def read(files: Mapping[str, bytes], base, vocab_size: int) -> tuple[Additions, 
     whole, config, older, roles = (_object(files, name) for name in FILES)
     roles = roles | {name: config[name] for name in (*_ROLES, *_LISTS) if name in config}
     tokens: dict[int, AddedToken] = {}
-    specials = _specials(roles)
+    specials = _specials(roles)  # with their flags
     for name, i in older.items():
         special = name in specials
         tokens |= _token(
@@ -50,18 +55,30 @@ def read(files: Mapping[str, bytes], base, vocab_size: int) -> tuple[Additions, 
     decoder = config.get("added_tokens_decoder") or {}
     for i, entry in _shaped(decoder, dict, FILES[1], "added_tokens_decoder").items():
         tokens |= _token(i, _shaped(entry, dict, FILES[1], "added_tokens_decoder"), FILES[1])
+    pieces = _pieces(base, tokens, whole, config)
+    tokens |= pieces
+    ids = {token.content: token.id for token in tokens.values()}
+    for name, flags in specials.items():
+        if name not in ids:
+            i = base.id_of(name)
+            free = max([base.vocab_size - 1, *tokens]) + 1
+            ids[name] = free if i < 0 or i in tokens else i
+            tokens |= _token(ids[name], {**flags, "content": name, "special": True}, FILES[1])
     unknown = _name(roles.get("unk_token")) or "<unk>"
-    kept = [token for token in tokens.values() if _is_new(token, base, unknown)]
-    beyond = [token for token in kept if token.id >= vocab_size]
-    kept = [token for token in kept if token.id < vocab_size]
-    ids = base.special | {token.content: token.id for token in kept}
+    new = [
+        token for token in tokens.values() if token.id in pieces or _is_new(token, base, unknown)
+    ]
+    beyond = [token for token in new if token.id >= vocab_size]
     own = {"bos": base.bos, "eos": base.eos, "pad": base.pad}
     found = {role: ids.get(_name(roles.get(f"{role}_token")), -1) for role in own}
     additions = Additions(
-        tuple(sorted(kept, key=lambda token: token.id)),
-        **{role: -1 if i == own[role] else i for role, i in found.items()},
+        tuple(sorted((t for t in new if t.id < vocab_size), key=lambda token: token.id)),
+        **{
+            role: -1 if i in (own[role], *(t.id for t in beyond)) else i
+            for role, i in found.items()
+        },
         adds_bos=_adds_bos(whole, config),
-        spaces=_spaces(whole, config),
+        spaces=_spaces(whole, config, whole_texts=bool(pieces)),
     )
     note = (
         f"added tokens beyond the vocabulary of {vocab_size} are left out: "
@@ -104,12 +121,33 @@ def _name(role: Any) -> str:
     return name if isinstance(name, str) else ""
 
 
-def _specials(roles: dict[str, Any]) -> set[str]:
+def _specials(roles: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name -> flags of the special tokens, in the order in which transformers gives them ids."""
     named = [roles.get(role) for role in _ROLES]
     for name in _LISTS:
         more = roles.get(name) or []
         named += more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
-    return {_name(role) for role in named} - {""}
+    flags = {_name(role): role if isinstance(role, dict) else {} for role in named}
+    return {name: flags[name] for name in flags if name}
+
+
+def _pieces(
+    base, tokens: dict[int, AddedToken], whole: dict[str, Any], config: dict[str, Any]
+) -> dict[int, AddedToken]:
+    """User-defined pieces of a SentencePiece model that transformers takes for added tokens, by id.
+
+    Those that tokenizer.json lists; without one LlamaTokenizer takes all. They stay in any text, also where
+    a file calls them special. A piece with a space in it is left to SentencePiece.
+    """
+    if not isinstance(base, SentencePiece) or not (whole or _is_llama(config)):
+        return {}
+    names = {i: name for name, i in base.special.items() if i in base.user_defined}
+    found = {i: tokens.get(i, AddedToken(i, name)) for i, name in names.items()}
+    return {
+        i: dataclasses.replace(token, special=False)
+        for i, token in found.items()
+        if SPACE not in token.content and (i in tokens or not whole)
+    }
 
 
 def _is_new(token: AddedToken, base, unknown: str) -> bool:
@@ -121,10 +159,14 @@ def _is_new(token: AddedToken, base, unknown: str) -> bool:
     return base.special.get(token.content) != token.id
 
 
+def _is_llama(config: dict[str, Any]) -> bool:
+    return str(config.get("tokenizer_class", "")).startswith("LlamaTokenizer")
+
+
 def _adds_bos(whole: dict[str, Any], config: dict[str, Any]) -> bool:
     """LlamaTokenizer asks its config, the class of tokenizer.json alone the post-processor there."""
     asked = config.get("add_bos_token")
-    llama = str(config.get("tokenizer_class", "")).startswith("LlamaTokenizer")
+    llama = _is_llama(config)
     if isinstance(asked, bool) and (llama or not whole):
         return asked
     if "bos_token" in config and config["bos_token"] is None:
@@ -139,9 +181,11 @@ def _adds_bos(whole: dict[str, Any], config: dict[str, Any]) -> bool:
     return False
 
 
-def _spaces(whole: dict[str, Any], config: dict[str, Any]) -> str:
+def _spaces(whole: dict[str, Any], config: dict[str, Any], whole_texts: bool) -> str:
+    """whole_texts: SentencePiece itself finds the added tokens in a text, and goes on behind each."""
     if not whole:
-        return "first" if config.get("legacy") is False else "every"
+        legacy = config.get("legacy")  # transformers 4 takes an absent one for true, 5 for false
+        return "first" if legacy is False or (legacy is not True and whole_texts) else "every"
     step = whole.get("pre_tokenizer")
     steps = step.get("pretokenizers", [step]) if isinstance(step, dict) else []
     schemes = [s.get("prepend_scheme") for s in steps if s.get("type") == "Metaspace"]

@@ -86,6 +86,10 @@ class Json:
         text = b"".join(map(self.token_bytes, ids)).decode(errors="replace")
         return text.removeprefix(" ") if self._strips else text
 
+    def id_of(self, name: str) -> int:
+        found = self._text.token_to_id(name)
+        return -1 if found is None else found
+
     def token_bytes(self, token: int) -> bytes:
         piece = self._text.id_to_token(int(token))
         if piece is None:

@@ -8,8 +8,9 @@ those of LLaMA: 0 unknown, 1 begin, 2 end, 3..258 the bytes, spelt "<0x00>" or h
 
 import struct
 
+from llama_jax.tokenizer.sp import SPACE
+
 UNKNOWN, BEGIN, END, BYTES = 0, 1, 2, 3  # ids; bytes end at 258
-SPACE = "\u2581"  # SentencePiece's visible space
 
 
 def llama2c_to_sp(content: bytes) -> bytes:

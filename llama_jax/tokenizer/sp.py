@@ -21,6 +21,7 @@ from llama_jax.tokenizer import surrogate
 MAX_SENTENCE_BYTES = 4192
 # Encoding slows down with the length of a text (Alice x 64: 1.1 MB/s whole, 3.5 MB/s in parts).
 PART_CHARS = 4096
+SPACE = "\u2581"  # SentencePiece's visible space
 # A piece with a space inside; a single space between two characters that are none.
 _INNER_SPACE = re.compile("[^\u2581]\u2581")
 _BETWEEN = re.compile("[^ \u2581] [^ \u2581]")
@@ -93,6 +94,10 @@ class SentencePiece:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
+
+    def id_of(self, name: str) -> int:
+        found = self._processor.piece_to_id(name)  # the unknown piece's for a name that is none
+        return found if self._processor.id_to_piece(found) == name else -1
 
     def token_bytes(self, token: int) -> bytes:
         processor, token = self._processor, int(token)

@@ -4,6 +4,7 @@ Where a test compares with published ids it asks for Meta's, and is skipped with
 """
 
 import base64
+import io
 
 import pytest
 
@@ -68,3 +69,22 @@ def tiny(tmp_path_factory):
     words = ["rope", "norm", "gate", "llama", "query", "", "", "value", "é", "日", "12", "a,b"]
     sp.train([" ".join(words[i % 7 :] + words[: i % 5]) for i in range(90)], 300, str(path), 1)
     return sp.load(str(path))
+
+
+@pytest.fixture(scope="session")
+def user_defined(tmp_path_factory):
+    """A SentencePiece model that has the marks of ChatML itself, as Yi's."""
+    import sentencepiece
+
+    from llama_jax.tokenizer import sp
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["rope norm gate"] * 9), model_writer=model, vocab_size=276,
+        model_type="bpe", byte_fallback=True, minloglevel=2, hard_vocab_limit=False,
+        user_defined_symbols=["<|im_start|>", "<|im_end|>"],
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+    )  # fmt: skip
+    file = tmp_path_factory.mktemp("user") / "tokenizer.model"
+    file.write_bytes(model.getvalue())
+    return sp.load(str(file))

@@ -2,12 +2,11 @@
 
 import base64
 import dataclasses
-import io
 import json
 
 import pytest
 
-from llama_jax.tokenizer import byte, hf, hf_added, sp
+from llama_jax.tokenizer import byte, hf, hf_added
 from llama_jax.tokenizer.added import Additions, Extended
 from llama_jax.tokenizer.special import AddedToken
 from llama_jax.tokenizer.stream import Stream
@@ -115,26 +114,10 @@ def test_an_added_token_that_texts_hold_changes_the_fingerprint(tiny):
     assert Extended(tiny, Additions(TOKENS[:2])).fingerprint != tiny.fingerprint
 
 
-@pytest.fixture(scope="module")
-def user_defined(tmp_path_factory):
-    """A SentencePiece model that has <|im_end|> itself."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["rope norm gate"] * 9), model_writer=model, vocab_size=276,
-        model_type="bpe", byte_fallback=True, user_defined_symbols=["<|im_end|>"], minloglevel=2,
-        hard_vocab_limit=False, normalization_rule_name="identity", remove_extra_whitespaces=False,
-    )  # fmt: skip
-    file = tmp_path_factory.mktemp("user") / "tokenizer.model"
-    file.write_bytes(model.getvalue())
-    return sp.load(str(file))
-
-
 def test_user_defined_pieces_have_names_and_stay_in_texts(user_defined):
     tokenizer = user_defined
     token = tokenizer.special["<|im_end|>"]
-    assert tokenizer.user_defined == {token}
+    assert tokenizer.user_defined == {tokenizer.special["<|im_start|>"], token}
     assert token in tokenizer.encode("rope<|im_end|>")
     text = "rope<|im_end|>norm"
     assert tokenizer.encode(text, special=True) == tokenizer.encode(text)

@@ -1,11 +1,14 @@
 """What Hugging Face's small files say of a tokenizer. The oracle, where it is one: transformers' reading."""
 
+import base64
+import itertools
 import json
 
 import pytest
 
 from llama_jax.tokenizer import hf, hf_added
 from llama_jax.tokenizer.added import Additions, Extended
+from llama_jax.tokenizer.byte import Byte
 from llama_jax.tokenizer.special import AddedToken
 
 IM_END = {"content": "<|im_end|>", "special": True}
@@ -173,3 +176,105 @@ def test_ids_of_chatml_on_llama2_are_those_of_transformers(tiny, tmp_path, legac
     assert [*ours.prefix, *ours.encode(text, special=True)] == expected
     assert ours.special["<|im_end|>"] == 301
     assert AddedToken(301, "<|im_end|>") in hf_added.read(carried, tiny, 304)[0].tokens
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    """Files -> what transformers makes of them."""
+    transformers = pytest.importorskip("transformers")
+
+    def load(files: dict[str, bytes]):
+        for name, content in {"config.json": b'{"model_type": "llama"}', **files}.items():
+            (tmp_path / name).write_bytes(content)
+        return transformers.AutoTokenizer.from_pretrained(tmp_path)
+
+    return load
+
+
+CHATML = {
+    "tokenizer_class": "LlamaTokenizer",
+    "add_bos_token": False,
+    "eos_token": "<|im_end|>",
+    "pad_token": "<unk>",
+}
+
+
+@pytest.mark.parametrize("said", [CHATML, {}], ids=["as Yi-Chat's", "no settings"])
+def test_ids_around_user_defined_pieces_are_those_of_transformers(user_defined, theirs, said):
+    """SentencePiece puts its space before a text that begins with one, LlamaTokenizer does not."""
+    beside = files(tokenizer_config=said)
+    library = theirs(
+        {"tokenizer.model": user_defined._processor.serialized_model_proto(), **beside}
+    )
+    additions, _ = hf_added.read(beside, user_defined, 300)
+    ours = Extended(user_defined, additions)
+    words = ("<|im_start|>", "rope norm", "<|im_end|>", "\n", " gate", "é")
+    for text in map("".join, itertools.product(words, repeat=3)):
+        if not text.startswith(" "):  # where transformers drops a space that SentencePiece keeps
+            expected = library(text, add_special_tokens=False)["input_ids"]
+            assert ours.encode(text) == expected, text
+            assert ours.encode(text, special=True) == expected, text
+    if said:
+        assert (ours.eos, ours.pad) == (library.eos_token_id, library.pad_token_id)
+        assert ours.prefix == tuple(library("")["input_ids"]) == ()
+    text = "<|im_start|>user\nrope<|im_end|>"
+    assert (user_defined.encode(text) == ours.encode(text)) is (not said)
+    assert ours.decode(ours.encode(text)) == text
+
+
+@pytest.mark.parametrize("spaces", ["every", "first"])
+def test_user_defined_pieces_leave_and_come_back(user_defined, theirs, spaces):
+    """Listed in tokenizer.json, as in published Yi-Chat's, whose normaliser prepends to every part."""
+    names = ("<|im_start|>", "<|im_end|>")
+    pieces = (AddedToken(user_defined.special[name], name, special=False) for name in names)
+    additions = Additions(tuple(pieces), spaces=spaces)
+    made = hf.hf_files("sp", user_defined._processor.serialized_model_proto(), additions)
+    library, ours = theirs(made), Extended(user_defined, additions)
+    assert hf_added.read(made, user_defined, 300) == (additions, ())
+    for text in ("<|im_end|>rope <|im_start|>gate", "rope<|im_end|>\n<|im_end|>", "norm"):
+        assert [*ours.prefix, *ours.encode(text)] == library(text)["input_ids"], text
+
+
+def test_without_files_beside_it_sentencepiece_decides(user_defined):
+    assert hf_added.read({}, user_defined, 300) == (Additions(), ())
+
+
+def test_special_tokens_without_an_id_have_those_of_transformers(tiny, small, theirs):
+    """Of the vocabulary, else the next free one: roles first, in transformers' order, then lists."""
+    roles = {"pad_token": "[PAD]", "eos_token": "<|im_end|>", "additional_special_tokens": ["<x>"]}
+    known = {
+        "mask_token": "rope",
+        "cls_token": {"__type": "AddedToken", "content": "<c>", "lstrip": True},
+    }
+    for base, vocabulary in (
+        (tiny, {"tokenizer.model": tiny._processor.serialized_model_proto()}),
+        (small, {"tokenizer.json": hf._dump(hf.ranks_to_hf_json(ranks(small)))}),
+    ):
+        said = {"tokenizer_class": "PreTrainedTokenizerFast", **roles, **known}
+        library = theirs({**vocabulary, **files(tokenizer_config=said)})
+        found, notes = hf_added.read(files(tokenizer_config=said), base, 700)
+        assert not notes
+        named = {token.content: token for token in found.tokens}
+        for name in ("[PAD]", "<|im_end|>", "<x>", "rope", "<c>"):
+            assert named[name].id == library.convert_tokens_to_ids(name), name
+            assert named[name].special
+        assert named["<c>"].lstrip
+        assert (found.eos, found.pad) == (library.eos_token_id, library.pad_token_id)
+
+
+def ranks(base) -> bytes:
+    tokens = [base64.b64encode(base.token_bytes(i)) for i in range(base.bos)]
+    return b"".join(b"%s %d\n" % (token, i) for i, token in enumerate(tokens))
+
+
+def test_names_are_looked_up_in_the_vocabulary(tiny, small, user_defined):
+    """As Hugging Face spells them; a pad token may be an ordinary one, as Llama 3's "!"."""
+    assert [tiny.id_of(name) for name in ("<unk>", "<s>", "no such")] == [0, 1, -1]
+    assert tiny.decode([tiny.encode("rope")[0], tiny.id_of("\u2581")]) == "rope "
+    assert [small.id_of(name) for name in ("!", "Ġab", "<|eot_id|>", "é", "日", " ab")] == [
+        *(33, 258, small.special["<|eot_id|>"], 0xE9, -1, -1)
+    ]
+    assert Byte().id_of("<eos>") == 257
+    assert Byte().id_of("!") == -1
+    pad = hf_added.read(files(tokenizer_config={"pad_token": "!"}), small, 700)[0]
+    assert pad.pad == 33
