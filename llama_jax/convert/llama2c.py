@@ -3,10 +3,12 @@
 The format is karpathy/llama2.c's export.py: version 0 starts with seven int32 (a negative vocabulary
 says that the output matrix is there), 1 and 2 with "ak42", the version, the seven and a byte that says
 whether the output is shared, padded to 256 bytes. Pairs are interleaved as in Meta's files. Its run.c
-fixes norm epsilon 1e-5 and rotary base 10,000.
+fixes norm epsilon 1e-5 and rotary base 10,000, and ends generation at id 1 as at 2: in training each story
+begins with 1, and nothing ends it.
 """
 
 import functools
+import json
 import math
 import struct
 from pathlib import Path
@@ -19,9 +21,12 @@ from llama_jax.convert import names
 from llama_jax.convert.names import Unit
 from llama_jax.convert.source import Source, Tokenizer, naming
 from llama_jax.convert.stored import DTYPES, Stored, size
+from llama_jax.tokenizer.llama2c import BEGIN, END
 
 MAGIC = 0x616B3432
 FLOAT, INT8 = DTYPES["F32"], np.dtype(np.int8)
+# What run.c does, in the words that every format here carries.
+_GENERATION = {"_from_model_config": True, "bos_token_id": BEGIN, "eos_token_id": [END, BEGIN]}
 _NORMS = ("attention_norm/scale", "ffn_norm/scale", "norm/scale")
 _MATRICES = ("embed", "q", "k", "v", "o", "gate", "down", "up", "output")
 _LEGACY = ("embed", "attention_norm/scale", "q", "k", "v", "o", "ffn_norm/scale", *_MATRICES[5:8])
@@ -48,6 +53,7 @@ def open_file(file: Path, tokenizer: Tokenizer | None) -> Source:
         lambda unit: file,
         (file,),
         tokenizer,
+        carried={"generation_config.json": json.dumps(_GENERATION).encode() + b"\n"},
         notes=(f"llama2.c version {version}{f', int8 in groups of {group}' if group else ''}",),
     )
 

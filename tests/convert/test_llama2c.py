@@ -1,12 +1,13 @@
 """llama2.c's files: the three versions of one trained network, and what is wrong with damaged ones."""
 
 import dataclasses
+import json
 import struct
 
 import numpy as np
 import pytest
 
-from llama_jax.convert import formats, llama2c, names
+from llama_jax.convert import carried, formats, llama2c, names
 from tests.convert import small
 from tests.convert.small import MODEL
 
@@ -112,6 +113,20 @@ def test_every_tensor_is_found_in_every_version(tmp_path, version, group, output
             wanted = wanted[[h * 4 + i for h in range(len(wanted) // 4) for i in (0, 2, 1, 3)]]
         found = source.read(unit, 0, len(wanted))
         np.testing.assert_allclose(found, wanted, rtol=1e-6, err_msg=unit.meta)
+
+
+def test_begin_stays_an_end_token_on_the_way_through_other_formats(tmp_path):
+    """llama2.c's run.c ends at id 1, its sample.py at 2; transformers ends at the ids of its config."""
+    transformers = pytest.importorskip("transformers")
+    write(tmp_path / "model.bin", 1)
+    small.convert(tmp_path / "model.bin", tmp_path / "native", "native")
+    small.convert(tmp_path / "native", tmp_path / "hf", "hf")
+    small.convert(tmp_path / "hf", tmp_path / "back", "native")
+    for folder in ("native", "back"):
+        assert carried.end_ids(tmp_path / folder) == {1, 2}
+    assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == [2, 1]
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path / "hf")
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (1, [2, 1])
 
 
 def test_a_tokenizer_with_more_ids_than_the_vocabulary(tmp_path):

@@ -1,3 +1,4 @@
+import io
 import itertools
 import struct
 
@@ -93,6 +94,28 @@ def test_it_needs_nothing_but_the_file_of_the_original_weights(model_file, tmp_p
     assert [ours.encode(t) for t in texts] == theirs.encode(texts)
 
 
+def test_a_model_of_characters_has_no_bytes(tmp_path):
+    """Made by the rule of llama2.c's exporter from a SentencePiece model trained on characters."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["to be, or not to be", "that is the question"]), vocab_size=21,
+        model_writer=model, model_type="char", normalization_rule_name="identity",
+        remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    names = [theirs.id_to_piece(i).replace("\u2581", " ").encode() for i in range(len(theirs))]
+    names[1:3] = b"\n<s>\n", b"\n</s>\n"
+    content = struct.pack("<i", max(map(len, names)))
+    content += b"".join(record(name, theirs.get_score(i)) for i, name in enumerate(names))
+    ours = load(content, tmp_path)
+    assert ours.vocab_size == len(theirs) < 259
+    for text in ("to be, not that", "", " the  question", "a\nb", "é", "日日 to é"):
+        assert ours.encode(text) == theirs.encode(text), text
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text))
+
+
 def test_a_damaged_file_is_refused():
     good = file()
     cases = {
@@ -100,12 +123,15 @@ def test_a_damaged_file_is_refused():
         good[:2]: "2 bytes are no file",
         good[:-1]: r"piece 261 at byte 3\d\d\d of 3\d\d\d is not",
         good[:-5]: "piece 261 at byte .* truncated",
-        good[: 4 + 13 + 13 + 14]: "pieces, but unknown, begin, end and 256 bytes alone are 259",
+        good[
+            : 4 + 13 + 13 + 14 + 14
+        ]: "4 pieces, but unknown, begin, end and 256 bytes alone are 259",
         struct.pack("<i", 9) + good[4:]: "longest piece has 6 bytes, its header says 9",
         struct.pack("<i", 5) + good[4:]: r"not \(score, length 1..5, bytes\)",
         file(extra=((b"q", -1.0), (b"q", -2.0))): "pieces 259 and 260 are both 'q'",
         file(extra=((b"\xff", -1.0),)): r"piece 259, b'\\xff', is not UTF-8",
         file(extra=((b"q", float("nan")),)): "piece 259 at byte",
+        good[: 4 + 13 + 13 + 14]: "3 pieces, but unknown, begin, end and a piece alone are 4",
         good.replace(b"<0x41>", b"<0x42>", 1): r"piece 68 is b'<0x42>', it must be '<0x41>'",
         good.replace(b"\n<s>\n", b"\n<S>\n"): r"piece 1 is .* must be '\\n<s>\\n'",
         b"\x0e" * 5000: "is not .score, length",
