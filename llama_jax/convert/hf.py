@@ -188,11 +188,15 @@ def model_of(settings: dict[str, Any], file: Path) -> tuple[config.Model, int]:
         raise ValueError(
             f"{file}: model_type={json_file.shown(kind)} must be 'llama', the text models"
         )
-    for name, only in (
-        *(("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)),
-        ("partial_rotary_factor", 1.0),
-    ):
+    for name, only in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0)):
         _only(settings, name, only, file)
+    for name in ("attention_bias", "mlp_bias"):
+        if settings.get(name):
+            raise ValueError(
+                f"{file}: {name}={json_file.shown(settings[name])} must be false: no LLaMA has biases in its "
+                "linear layers, those of a checkpoint are not read here, and without them it is another "
+                "network; set it to false only where the weights hold none"
+            )
     if settings.get("quantization_config"):
         raise ValueError(
             f"{file}: quantization_config={json_file.shown(settings['quantization_config'])}: quantised "

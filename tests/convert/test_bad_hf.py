@@ -174,8 +174,6 @@ def test_an_output_matrix_that_a_tied_model_would_lose(tmp_path, to, monkeypatch
 SETTINGS = {
     "another kind of model": {"model_type": "mistral"},
     "another activation": {"hidden_act": "gelu"},
-    "biases": {"attention_bias": True},
-    "biases of the feed-forward": {"mlp_bias": True},
     "quantised": {"quantization_config": {"bits": 4}},
     "scaling by the length of a text": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
     "a part of a head turned": {"partial_rotary_factor": 0.5},
@@ -204,6 +202,20 @@ def test_settings_that_are_not_computed_here(tmp_path, to, others):
     if "partial_rotary_factor" in str(others):
         word = "partial_rotary_factor=0.5 is not LLaMA's"
     refused(came, to, word)
+
+
+@pytest.mark.parametrize("name", ["attention_bias", "mlp_bias"])
+def test_biases_are_refused_before_the_weights_are_opened(tmp_path, to, name):
+    came = small.hf(tmp_path / "hf", **{name: True})
+    (came / "model.safetensors").write_bytes(b"not read")
+    refused(came, to, f"config.json: {name}=True must be false: no LLaMA has biases")
+
+
+def test_biases_that_the_settings_do_not_tell_are_not_lost(tmp_path, to):
+    """As Qwen's, whose architecture has them without a setting."""
+    bias = {"model.layers.0.self_attn.q_proj.bias": np.zeros(24, np.float32)}
+    came = small.hf(tmp_path / "hf", small.state() | bias)
+    refused(came, to, "model.layers.0.self_attn.q_proj.bias is not a tensor of a text LLaMA")
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
