@@ -152,7 +152,7 @@ def sp_to_hf_json(content: bytes, additions: Additions = NONE) -> dict:
         model={
             "unk_token": model.pieces[trainer.unk_id].piece,
             "fuse_unk": True,
-            "byte_fallback": True,
+            "byte_fallback": trainer.byte_fallback,
             "ignore_merges": False,
             "vocab": vocab,
             "merges": [f"{left} {right}" for _, _, left, right in pairs],
@@ -321,18 +321,20 @@ def _check_model(model, proto) -> None:
         if p.type == kinds.UNUSED or (p.type == kinds.USER_DEFINED and SPACE in p.piece)
     ]
     rules = {
-        "model_type BPE": trainer.model_type == proto.TrainerSpec.BPE,
-        "byte_fallback": trainer.byte_fallback,
-        "the identity normalizer": not normalizer.precompiled_charsmap,
-        "add_dummy_prefix": normalizer.add_dummy_prefix,
-        "escape_whitespaces": normalizer.escape_whitespaces,
-        "no remove_extra_whitespaces": not normalizer.remove_extra_whitespaces,
-        f"no unused piece and no user-defined one with a space (it has {odd[:3]})": not odd,
+        f"model_type={proto.TrainerSpec.ModelType.Name(trainer.model_type)} must be BPE": (
+            trainer.model_type == proto.TrainerSpec.BPE
+        ),
+        f"normalizer {normalizer.name!r} must be 'identity'": not normalizer.precompiled_charsmap,
+        "add_dummy_prefix=False must be true": normalizer.add_dummy_prefix,
+        "escape_whitespaces=False must be true": normalizer.escape_whitespaces,
+        "remove_extra_whitespaces=True must be false": not normalizer.remove_extra_whitespaces,
+        f"pieces {odd[:3]} must be neither unused nor user-defined with a space": not odd,
     }
     for rule, holds in rules.items():
         if not holds:
             raise ValueError(
-                f"SentencePiece model: Hugging Face's form needs {rule}, as LLaMA's has it"
+                f"SentencePiece model: {rule} for a tokenizer.json with the same ids; export with "
+                "--format=native, or give a tokenizer.json with --tokenizer=FILE"
             )
 
 

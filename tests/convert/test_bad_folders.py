@@ -198,7 +198,7 @@ def test_a_tokenizer_that_hugging_face_cannot_express_is_refused_first(tmp_path,
     file = tmp_path / "unigram.model"
     file.write_bytes(small.sentencepiece(kind="UNIGRAM"))
     source = formats.open_checkpoint(came, "", str(file))
-    with pytest.raises(ValueError, match="needs model_type BPE"):
+    with pytest.raises(ValueError, match="model_type=UNIGRAM must be BPE"):
         folder.convert(source, to, "hf", None, pytest.fail, print)
     small.assert_nothing_written(to)
 

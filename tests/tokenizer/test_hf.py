@@ -226,23 +226,43 @@ def test_a_trained_model_gives_its_ids_through_the_tokenizers_library(tiny):
         assert theirs.encode(text).ids == [1, *tiny.encode(text)], ascii(text)
 
 
+def test_a_model_without_bytes_gives_its_ids_through_the_tokenizers_library(tiny):
+    """What no piece spells is one unknown token, however long, in both."""
+    from sentencepiece import SentencePieceProcessor
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    tokenizers = pytest.importorskip("tokenizers")
+    model = proto.ModelProto()
+    model.ParseFromString(tiny._processor.serialized_model_proto())
+    del model.pieces[3:259]
+    model.trainer_spec.byte_fallback = False
+    content = model.SerializeToString()
+    ours = SentencePieceProcessor(model_proto=content)
+    theirs = tokenizers.Tokenizer.from_str(hf.hf_files("sp", content)["tokenizer.json"].decode())
+    for text in ("rope norm", "rope\t\n", "\u0416\u0416 rope \u0416", "a,\u0416b 12"):
+        assert theirs.encode(text).ids == [1, *ours.encode(text)], ascii(text)
+
+
 def test_models_with_other_settings_are_refused(tiny):
     from sentencepiece import sentencepiece_model_pb2 as proto
 
     changes = {
-        "model_type BPE": lambda m: setattr(
+        "model_type=UNIGRAM must be BPE": lambda m: setattr(
             m.trainer_spec, "model_type", proto.TrainerSpec.UNIGRAM
         ),
-        "byte_fallback": lambda m: setattr(m.trainer_spec, "byte_fallback", False),
-        "the identity normalizer": lambda m: setattr(
-            m.normalizer_spec, "precompiled_charsmap", b"x"
+        "normalizer 'nmt_nfkc' must be 'identity'": lambda m: m.normalizer_spec.MergeFrom(
+            proto.NormalizerSpec(name="nmt_nfkc", precompiled_charsmap=b"x")
         ),
-        "add_dummy_prefix": lambda m: setattr(m.normalizer_spec, "add_dummy_prefix", False),
-        "escape_whitespaces": lambda m: setattr(m.normalizer_spec, "escape_whitespaces", False),
-        "no remove_extra_whitespaces": lambda m: setattr(
+        "add_dummy_prefix=False must be true": lambda m: setattr(
+            m.normalizer_spec, "add_dummy_prefix", False
+        ),
+        "escape_whitespaces=False must be true": lambda m: setattr(
+            m.normalizer_spec, "escape_whitespaces", False
+        ),
+        "remove_extra_whitespaces=True must be false": lambda m: setattr(
             m.normalizer_spec, "remove_extra_whitespaces", True
         ),
-        "no unused piece and no user-defined one with a space": lambda m: setattr(
+        "must be neither unused nor user-defined with a space": lambda m: setattr(
             m.pieces[270], "type", proto.ModelProto.SentencePiece.USER_DEFINED
         ),
     }
@@ -250,7 +270,7 @@ def test_models_with_other_settings_are_refused(tiny):
         model = proto.ModelProto()
         model.ParseFromString(tiny._processor.serialized_model_proto())
         change(model)
-        with pytest.raises(ValueError, match=f"needs {rule}"):
+        with pytest.raises(ValueError, match=f"{rule} for a tokenizer.json"):
             hf.hf_files("sp", model.SerializeToString())
     with pytest.raises(ValueError, match="not a SentencePiece model"):
         hf.hf_files("sp", b"text that is none")
