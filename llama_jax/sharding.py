@@ -149,13 +149,13 @@ class Layout:
         for size, letter in zip(shape, letters, strict=True):
             parts = self._parts(table, letter)
             if size % parts:
-                sizes = {axis: self.mesh.shape[axis] for axis in table[letter]}
-                axes = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
-                near = max(parts, round(size / parts) * parts)
+                axes = [axis for axis in self._table(table)[letter] if self.mesh.shape[axis] > 1]
+                given = " x ".join(f"mesh.{axis}={self.mesh.shape[axis]}" for axis in axes)
+                named = " x ".join(f"mesh.{axis}" for axis in axes)
+                field, near = dims.FIELDS[letter], max(parts, round(size / parts) * parts)
                 raise ValueError(
-                    f"{what}: {dims.FIELDS[letter]}={size} ({dims.WORDS[letter]}) must divide by "
-                    f"{parts}, the devices of mesh {axes}; nearest size that does: {near}, "
-                    f"or change the mesh"
+                    f"{what}: {given} must divide {field}={size} ({dims.WORDS[letter]}); "
+                    f"try {named}={math.gcd(size, parts)}, or {field}={near}"
                 )
 
     def check_rows(self, rows: int) -> None:

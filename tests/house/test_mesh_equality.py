@@ -1,6 +1,7 @@
 """The same numbers on one device and on eight, whatever the mesh."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -163,8 +164,8 @@ def test_state_is_donated():
 @pytest.mark.parametrize(
     ("change", "mesh", "message"),
     [
-        (dict(dim=36), config.Mesh(fsdp=8), r"model.dim=36 .* divide by 8, .*fsdp=8; nearest size that does: 32"),
-        (dict(heads=6, kv_heads=3), config.Mesh(fsdp=4, tensor=2), r"attention/k: model.kv_heads=3"),
+        (dict(dim=36), config.Mesh(fsdp=8), r"mesh.fsdp=8 must divide model.dim=36 .*; try mesh.fsdp=4, or model.dim=32"),
+        (dict(heads=6, kv_heads=3), config.Mesh(fsdp=4, tensor=2), r"attention/k: mesh.tensor=2 must divide model.kv_heads=3"),
         (dict(), config.Mesh(fsdp=3), r"needs 3 devices, but 8 are here"),
         (dict(), config.Mesh(data=3), r"needs a multiple of 3 devices, but 8 are here"),
     ],
@@ -176,8 +177,26 @@ def test_what_does_not_divide_raises(change, mesh, message):
 
 def test_rows_that_do_not_divide_raise():
     layout = sharding.make(config.Mesh(data=2, fsdp=4), jax.devices())
-    with pytest.raises(ValueError, match=r"batch: train.batch_size .*=12 .* must divide by 8"):
+    rows = "train.batch_size / train.microbatches"
+    message = (
+        f"batch: mesh.data=2 x mesh.fsdp=4 must divide {rows}=12 (batch); "
+        f"try mesh.data x mesh.fsdp=4, or {rows}=16"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         layout.check_rows(12)
+
+
+@pytest.mark.parametrize(("tensor", "fits", "near"), [(4, 2, 4), (8, 2, 8), (3, 1, 3), (6, 2, 6)])
+def test_more_tensor_parallelism_than_key_heads_is_told_the_most(tensor, fits, near):
+    layout = sharding.abstract(config.Mesh(tensor=tensor), tensor)
+    message = (
+        f"k: mesh.tensor={tensor} must divide model.kv_heads=2 (key and value heads); "
+        f"try mesh.tensor={fits}, or model.kv_heads={near}"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        layout.check((2,), "K", "k")
+    sharding.abstract(config.Mesh(tensor=fits), fits).check((2,), "K", "k")
+    layout.check((near,), "K", "k")
 
 
 @pytest.mark.slow
