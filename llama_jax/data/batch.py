@@ -18,19 +18,24 @@ class Batch(NamedTuple):
 
 # With U = T+1: the tokens of a row, one more than its predictions.
 def from_rows(
-    rows_BU: np.ndarray, segments_BU: np.ndarray | None, segments: str, bos: int
+    rows_BU: np.ndarray, segments_BU: np.ndarray | None, segments: str, bos: int, eos: int
 ) -> Batch:
     """A batch of numpy arrays from stored rows.
 
     segments "document": a row's documents are told apart by its stored segments, else by bos, and
     a target in another document than its token has weight 0. "none": one segment, positions count
     through the row. Padding, stored as segment 0, has weight 0 and segment 0 in both.
+
+    Where one token is both bos and eos (GPT-NeoX, arXiv:2204.06745), it stands twice between documents: the
+    first closes one, and is a target that counts; the second opens the next.
     """
     stored_BU = np.ones_like(rows_BU) if segments_BU is None else segments_BU
     if segments == "none":
         segments_BU = (stored_BU > 0).astype(np.int32)
     elif segments_BU is None:
         opens_BU = rows_BU == bos
+        if bos == eos:
+            opens_BU[:, 1:] &= rows_BU[:, :-1] == eos
         opens_BU[:, 0] = True
         segments_BU = np.cumsum(opens_BU, axis=1, dtype=np.int32)
     token_segments_BT, target_segments_BT = segments_BU[:, :-1], segments_BU[:, 1:]

@@ -126,8 +126,8 @@ def _load(run: config.Run, prepared: Prepared, split: str, picks: list[mixture.P
     for source in np.unique(sources):
         where = np.flatnonzero(sources == source)
         tokens, segments = getattr(prepared.sources[source].store, split).read(rows[where])
-        bos = prepared.tokenizer.bos
-        parts.append(batches.from_rows(tokens, segments, run.data.segments, bos))
+        bos, eos = prepared.tokenizer.bos, prepared.tokenizer.eos
+        parts.append(batches.from_rows(tokens, segments, run.data.segments, bos, eos))
         places.append(where)
     back = np.argsort(np.concatenate(places))
     local = Batch(*(np.concatenate(arrays)[back] for arrays in zip(*parts, strict=True)))

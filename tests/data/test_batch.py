@@ -4,7 +4,7 @@ import numpy as np
 
 from llama_jax.data import batch
 
-BOS = 91
+BOS, EOS = 91, 90
 
 
 def slow(rows, stored, mode):
@@ -33,7 +33,7 @@ def slow(rows, stored, mode):
 
 
 def check(rows, stored, mode):
-    got = batch.from_rows(rows, stored, mode, BOS)
+    got = batch.from_rows(rows, stored, mode, BOS, EOS)
     expected = slow(rows.tolist(), None if stored is None else stored.tolist(), mode)
     for name, a, b in zip(got._fields, got, expected, strict=True):
         np.testing.assert_array_equal(a, b, err_msg=name)
@@ -79,5 +79,29 @@ def test_stored_segments_are_used_and_padding_never_counts():
 def test_the_rows_given_are_not_changed():
     rows = random_rows()
     before = rows.copy()
-    batch.from_rows(rows, None, "document", BOS)
+    batch.from_rows(rows, None, "document", BOS, EOS)
     np.testing.assert_array_equal(rows, before)
+
+
+def test_the_end_token_counts_where_it_is_the_begin_token_too():
+    """As GPT-NeoX's <|endoftext|>, 9 here: of every document in a row its own begins and end."""
+    rows = np.array(
+        [
+            [9, 1, 2, 9, 9, 3, 9, 9, 4],
+            [2, 9, 9, 3, 4, 9, 9, 1, 9],  # from inside a document
+            [9, 9, 3, 4, 9, 9, 1, 2, 3],  # from the end of one
+        ]
+    )
+    got = batch.from_rows(rows, None, "document", 9, 9)
+    assert got.segments_BT.tolist() == [
+        [1, 1, 1, 1, 2, 2, 2, 3], [1, 1, 2, 2, 2, 2, 3, 3], [1, 2, 2, 2, 2, 3, 3, 3],
+    ]  # fmt: skip
+    assert got.positions_BT[1].tolist() == [0, 1, 0, 1, 2, 3, 0, 1]
+    assert got.weights_BT.tolist() == [
+        [1, 1, 1, 0, 1, 1, 0, 1], [1, 0, 1, 1, 1, 0, 1, 1], [0, 1, 1, 1, 0, 1, 1, 1],
+    ]  # fmt: skip
+    # Stored segments, of whole documents, say the same.
+    stored = np.array([[1, 1, 1, 1, 2, 2, 2, 3, 3]])
+    packed = batch.from_rows(rows[:1], stored, "document", 9, 9)
+    for ours, theirs in zip(packed, got, strict=True):
+        np.testing.assert_array_equal(ours, theirs[:1])

@@ -141,7 +141,7 @@ def test_wrongly_ordered_weights_miss_the_bound_fiftyfold(wrong, layout):
 def stored(model, segments, seed=2):
     """The batch of one stored row: its segment of every token, 0 for padding."""
     rows = np.random.default_rng(seed).integers(0, model.vocab_size, (1, len(segments)))
-    return batch.from_rows(rows, np.asarray(segments)[None], "document", bos=0)
+    return batch.from_rows(rows, np.asarray(segments)[None], "document", bos=0, eos=1)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

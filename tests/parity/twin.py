@@ -202,7 +202,7 @@ def packed(model, seed=3):
     """Two rows of documents and padding; targets count fully, in part, or not at all."""
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, model.vocab_size, PACKED.shape)
-    made = batch.from_rows(rows, PACKED, "document", bos=0)
+    made = batch.from_rows(rows, PACKED, "document", bos=0, eos=1)
     parts = rng.choice([0, 0.25, 1], made.weights_BT.shape).astype(np.float32)
     return made._replace(weights_BT=made.weights_BT * parts)
 
