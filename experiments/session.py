@@ -174,7 +174,7 @@ def sees_the_firsts(folder: Path) -> bool:
 
 def prepare_once(data: config.Data, vocab_size: int) -> prepare.Prepared:
     """The text, prepared by the first host and read by those that see its cache. Hosts with a cache of their
-    own prepare it at the same time. ValueError unless all come to the same rows."""
+    own prepare it at the same time. ValueError unless all come to the same rows in the same order."""
     work = lambda: prepare.prepare(data, vocab_size)  # noqa: E731
     if jax.process_count() == 1:
         return work()
@@ -186,6 +186,7 @@ def prepare_once(data: config.Data, vocab_size: int) -> prepare.Prepared:
             **{f"text of data.sources.{of.name}": of.store.meta.text for of in prepared.sources},
             "tokenizer": prepared.tokenizer.fingerprint,
             "rows": prepared.fingerprint,
+            "order of the rows": mixture.fingerprint(data, prepared),
         }
     )
     return prepared

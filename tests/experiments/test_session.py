@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import pytest
 
+from experiments import hosts, session
 from experiments import lease as lease_module
-from experiments import session
 from llama_jax import config, files
 from llama_jax.data import iterator
 from llama_jax.train import checkpoint, loop, metrics
@@ -104,6 +104,27 @@ def test_a_workdir_that_another_process_took_over_gets_no_more_rows_and_checkpoi
         play(monkeypatch, tmp_path, run_loop, checkpoints)
     assert checkpoints.started == []
     assert json.loads((tmp_path / lease_module.FILE).read_text())["host"] == "far"
+
+
+def test_hosts_whose_rows_come_in_another_order_are_refused(monkeypatch):
+    """The second host's mixture draws another order from the same rows, as another NumPy could."""
+    meta = SimpleNamespace(text="text")
+    store = SimpleNamespace(meta=meta, train=range(50))
+    corpus = SimpleNamespace(name="a", weight=1.0, store=store)
+    prepared = SimpleNamespace(
+        sources=(corpus,), tokenizer=SimpleNamespace(fingerprint="t"), fingerprint="rows"
+    )
+    told = []
+    monkeypatch.setattr(session.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(session.prepare, "prepare", lambda *_: prepared)
+    monkeypatch.setattr(session, "sees_the_firsts", lambda _: False)
+    monkeypatch.setattr(hosts, "together", lambda work: work())
+    monkeypatch.setattr(hosts.exchange, "broadcast", lambda make: (told.append(make()), told[0])[1])
+    monkeypatch.setattr(hosts.exchange, "gather", lambda text, *_: ["", text])
+    assert session.prepare_once(RUN.data, 9) is prepared
+    monkeypatch.setattr(session.mixture, "_shuffled", lambda length, seed: lambda n: n % length)
+    with pytest.raises(ValueError, match=r"to host 1:\n  order of the rows: \w{64} -> \w{64}$"):
+        session.prepare_once(RUN.data, 9)
 
 
 def test_a_checkpoint_of_another_order_of_rows_is_not_gone_on_with():
