@@ -411,7 +411,9 @@ class Decode:
     cache: str = (
         "compute"  # what keys and values are kept in: "compute" (its dtype), "bfloat16" or "int8"
     )
-    compute_dtype: str = "stored"  # "stored": that of the checkpoint's model; "float32", "bfloat16"
+    # Of whatever is decoded, a draft model too: "stored" (the checkpoint's), "float32" or "bfloat16".
+    # experiments.quantise computes in the checkpoint's, which experiments.convert --dtype sets.
+    compute_dtype: str = "stored"
 
     def __post_init__(self):
         choose(("stored", "float32", "bfloat16"), self.compute_dtype, "decode.compute_dtype")
