@@ -158,7 +158,7 @@ def of_what(run: config.Run) -> dict:
     """All that decides the compiler's answer: the traced program, flags, versions."""
     slice_ = hardware.find_slice(run.mesh.hardware)
     program = programs.build(run, sharding.abstract(run.mesh, slice_.devices))
-    traced = str(program.step.trace(program.state, program.batch).jaxpr)
+    traced = str(program.step.trace(program.state, program.frozen, program.batch).jaxpr)
     # Sets of names are printed in another order by each process.
     in_order = lambda found: ", ".join(sorted(found.group(1).split(", ")))  # noqa: E731
     traced = re.sub(r"frozenset\(\{([^}]*)\}\)", in_order, traced)

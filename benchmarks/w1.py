@@ -45,20 +45,19 @@ def ours(model_changes=None):
     optimiser = config.Optim(warmup_steps=0)
     tx = optim.build(optimiser, 100, transformer.letters(module))
     settings = config.Train(batch_size=B, loss_chunks=4)
-    advance = step.make_step(
-        loss.next_token(module, settings.loss_chunks), tx, optim.schedule(optimiser, 100), settings
-    )
-    now = state.init(module, tx, layout, seed=0)
+    objective = loss.next_token(module, settings.loss_chunks)
+    advance = step.make_step(objective, tx, optim.schedule(optimiser, 100), settings)
+    now = state.init(objective, tx, layout, seed=0)
     tokens = rows().astype(np.int32)
     places = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     one = np.ones((B, T), np.int32)
     arrays = (tokens[:, :-1], tokens[:, 1:], one.astype(np.float32), places, one)
     batch = Batch(*(layout.put(np.ascontiguousarray(a), "BT", B) for a in arrays))
-    compiled = jax.jit(advance, donate_argnums=0).lower(now, batch).compile()
+    compiled = jax.jit(advance, donate_argnums=0).lower(now, {}, batch).compile()
 
     def one_step():
         nonlocal now
-        now, metrics = compiled(now, batch)
+        now, metrics = compiled(now, {}, batch)
         return float(metrics.loss)
 
     return one_step

@@ -45,13 +45,19 @@ class Machine:
     @functools.cached_property
     def advance(self) -> Any:
         """(state, batch) -> (state, metrics)"""
-        options = hardware.compiler_options(self.kind)
-        return self.program.step.lower(self.program.state, self.program.batch).compile(options)
+        program, options = self.program, hardware.compiler_options(self.kind)
+        lowered = program.step.lower(program.state, program.frozen, program.batch)
+        return _without_frozen(lowered.compile(options))
 
     @functools.cached_property
     def evaluate(self) -> Any:
-        """(params, batch) -> loss.Sums"""
-        return jax.jit(self.program.objective)
+        """(params, batch) -> Sums"""
+        return _without_frozen(jax.jit(self.program.objective.sums))
+
+
+def _without_frozen(compute: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Pretraining freezes nothing."""
+    return lambda trained, batch: compute(trained, {}, batch)
 
 
 @contextlib.contextmanager
@@ -228,7 +234,7 @@ def train(
     checkpoints = checkpoint.Checkpoints(workdir, run.checkpoint)
     if hosts.first() and (left := checkpoints.clean()):
         print(f"removed what interrupted saves left in {checkpoints.folder}: {', '.join(left)}")
-    state, seconds, loss = start(run, program, checkpoints, prepared, record["order"])
+    state, seconds, means = start(run, program, checkpoints, prepared, record["order"])
     first = int(state.step)
     hosts.together(lambda: describe(workdir, record["run"], prepared) if hosts.first() else None)
 
@@ -243,13 +249,13 @@ def train(
         if run.log.audit == "on":
             audit = metrics.jsonl(workdir / "audit.jsonl", first)
     rates = figures(run, program.module)
-    recorder = loop.Recorder(run, rates, writers + boards, console, seconds, loss)
+    recorder = loop.Recorder(run, rates, writers + boards, console, seconds, means)
     per_token = iterator.bytes_per_token(run, prepared)
     evaluate = functools.partial(validation, machine.evaluate, run, prepared, layout, per_token)
 
     def save(done: int, state: Any, seconds: float) -> None:
         lease.check()
-        more = {"next_step": done, "seconds": seconds, "loss_since_row": recorder.loss}
+        more = {"next_step": done, "seconds": seconds, **_kept(recorder.means)}
         checkpoints.save(done, state, {**record, **more})
 
     def complete(step: int, params: Any, stopped: Callable[[], bool]) -> metrics.Row:
@@ -310,13 +316,14 @@ def describe(workdir: Path, run: dict[str, Any], prepared: prepare.Prepared) -> 
         files.write(workdir / native.TOKENIZER, Path(path).read_bytes())
 
 
-def start(run, program, checkpoints, prepared, order: str) -> tuple[Any, float, loop.Mean]:
-    """The newest checkpoint, or a fresh state; seconds of training and loss since the last row behind it."""
+def start(
+    run, program, checkpoints, prepared, order: str
+) -> tuple[Any, float, dict[str, loop.Mean]]:
+    """The newest checkpoint, or a fresh state; its seconds of training, and means since the last row."""
     restored = checkpoints.latest(program.state)
     if restored is None:
-        module = program.module
-        state = train_state.init(module, program.tx, module.layout, run.train.seed)
-        return state, 0.0, loop.Mean()
+        layout = program.module.layout
+        return train_state.init(program.objective, program.tx, layout, run.train.seed), 0.0, {}
     trained_on = restored.record["provenance"]["data"]
     if trained_on != prepared.fingerprint:
         raise ValueError(
@@ -330,8 +337,21 @@ def start(run, program, checkpoints, prepared, order: str) -> tuple[Any, float, 
             f"{restored.record['provenance']['packages']}); go on with those, or give a new --workdir"
         )
     print(f"resuming at step {restored.record['next_step']} from {checkpoints.folder}")
-    record = restored.record
-    return restored.state, record["seconds"], loop.Mean(*record["loss_since_row"])
+    return restored.state, restored.record["seconds"], _means(restored.record)
+
+
+SINCE_ROW = (
+    "_since_row"  # ends the names of means of steps since the last row, in a checkpoint's record
+)
+
+
+def _kept(means: dict[str, loop.Mean]) -> dict[str, loop.Mean]:
+    return {name + SINCE_ROW: mean for name, mean in means.items()}
+
+
+def _means(record: dict[str, Any]) -> dict[str, loop.Mean]:
+    kept = {name: value for name, value in record.items() if name.endswith(SINCE_ROW)}
+    return {name.removesuffix(SINCE_ROW): loop.Mean(*value) for name, value in kept.items()}
 
 
 def figures(run: config.Run, module) -> loop.Rates:
@@ -351,8 +371,9 @@ def validation(
         sums.setdefault(source, []).append(evaluate(params, batch))
     nats = {}
     for source, parts in jax.device_get(sums).items():
-        nats[source] = sum(float(part.nll) for part in parts) / sum(
-            float(part.weight) for part in parts
+        losses = [part.reported["loss"] for part in parts]
+        nats[source] = sum(float(total) for total, _ in losses) / sum(
+            float(weight) for _, weight in losses
         )
     return measured("validation", nats, bytes_per_token)
 

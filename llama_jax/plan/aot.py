@@ -111,7 +111,7 @@ def _compile(run: config.Run, name: str, decode: Sequence) -> Compiled:
         traced = decoding.trace(run.model, layout, decoding.Texts(*decode))
     else:
         program = programs.build(run, layout)
-        traced = program.step.trace(program.state, program.batch)
+        traced = program.step.trace(program.state, program.frozen, program.batch)
     executed = flops.executed(traced.jaxpr.jaxpr)
     options = hardware.compiler_options(hardware.find_slice(name).device)
     with tempfile.TemporaryDirectory() as dump:

@@ -8,7 +8,7 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -79,22 +79,30 @@ class Rates:
 
 
 class Mean(NamedTuple):
-    """A mean over tokens, as it grows. Of one step it is that step's value exactly."""
+    """A weighted mean of steps, as it grows. Of one step it is that step's value exactly.
+
+    Where weights add up to 0 it is the weighted sum, as if divided by 1; later steps may change that.
+    """
 
     value: float = 0.0
-    tokens: float = 0.0
+    weight: float = 0.0
 
-    def add(self, value: float, tokens: float) -> "Mean":
-        total = self.tokens + tokens
-        return Mean(self.value + (value - self.value) * (tokens / total), total)
+    def add(self, value: float, weight: float) -> "Mean":
+        """The mean with one more step, whose weight may have any sign."""
+        total = self.weight + weight
+        if not (self.weight and total):
+            summed = self.value * (self.weight or 1.0) + value * weight
+            return Mean(summed / (total or 1.0), total)
+        return Mean(self.value + (value - self.value) * (weight / total), total)
 
 
 class Recorder:
     """Fetches the metrics of a step while the next one runs, and writes a row when one is due.
 
-    The loss of a row is the mean over the tokens since the last row, without steps whose update was left
-    out: one step's is several times as noisy. `loss` is that mean so far; a checkpoint between two rows keeps
-    it, so that the row after a resumption is that of a run left alone.
+    The loss of a row is the weighted mean (in pretraining: over tokens) of the steps since the last row,
+    without those whose update was left out: one step's is several times as noisy. So is every aux value of
+    the objective, by its own weights. `means` holds these means so far, by name; a checkpoint between two
+    rows keeps them, so that the row after a resumption is that of a run left alone.
     """
 
     def __init__(
@@ -104,11 +112,11 @@ class Recorder:
         writers: list[Writer],
         console: Console,
         seconds: float,
-        loss: Mean = Mean(),  # noqa: B008 it is a constant
+        means: Mapping[str, Mean],
     ):
         self._run, self._rates, self._writers, self._console = run, rates, writers, console
         self.seconds = seconds  # of training: evaluation and saving left out, earlier sessions in
-        self.loss = loss
+        self.means = dict(means)
         self._mark = time.perf_counter()
         self._row_seconds, self._tokens, self._waited = (
             seconds,
@@ -134,17 +142,22 @@ class Recorder:
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
-        values = {name: float(v) for name, v in jax.device_get(metrics)._asdict().items()}
+        values = jax.device_get(metrics)._asdict()
+        aux = {name: tuple(map(float, pair)) for name, pair in values.pop("aux").items()}
+        values = {name: float(value) for name, value in values.items()}
+        aux["loss"] = values["loss"], values["weight"]
         now = time.perf_counter()
         self.seconds += now - self._mark
         self._mark = now
         self._tokens += values["tokens"]
         if values["skipped"]:
             self._console.say(f"WARNING: {check_anomaly(self._run.train, step, values)}")
-        elif values["tokens"]:
-            self.loss = self.loss.add(values["loss"], values["tokens"])
+        else:
+            for name, (value, weight) in aux.items():
+                if weight:
+                    self.means[name] = self.means.get(name, Mean()).add(value, weight)
         if evaluate or step % self._run.log.every == 0:
-            row = self._row(step, values)
+            row = self._row(step, values, {name: value for name, (value, _) in aux.items()})
             if evaluate:
                 row |= evaluate()
                 self.pause()
@@ -155,12 +168,14 @@ class Recorder:
         """Leave out the time since the last fetch."""
         self._mark = time.perf_counter()
 
-    def _row(self, step: int, values: dict[str, float]) -> Row:
+    def _row(self, step: int, values: dict[str, float], last: dict[str, float]) -> Row:
+        """`last` are the step's own values of what is averaged, used where no step counts."""
         elapsed = max(self.seconds - self._row_seconds, 1e-9)
         rate = self._tokens / elapsed
+        means = last | {name: mean.value for name, mean in self.means.items() if mean.weight}
         row = {
             "step": step,
-            "loss": self.loss.value if self.loss.tokens else values["loss"],
+            "loss": means.pop("loss"),
             "tokens": step * self._run.tokens_per_step,
             "seconds": self.seconds,
             "tokens_per_second": rate,
@@ -173,8 +188,11 @@ class Recorder:
             / max(rate, 1e-9),
         }
         self._row_seconds, self._tokens, self._waited = self.seconds, 0.0, 0.0
-        self.loss = Mean()
-        return row
+        self.means = {}
+        assert not means.keys() & row.keys(), (
+            f"aux of an objective has a name of the row: {[*means]}"
+        )
+        return row | means
 
 
 def run(

@@ -1,38 +1,35 @@
-"""Next-token prediction, with the vocabulary's logits a chunk of positions at a time.
-
-A loss returns (sum, weight, aux); the step divides once, after accumulation. Averaging the means of
-microbatches is wrong when their weights differ.
-"""
+"""Next-token prediction, with the vocabulary's logits a chunk of positions at a time: pretraining."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from llama_jax import config
+from llama_jax.data import iterator
 from llama_jax.data.batch import Batch
+from llama_jax.model import transformer
 from llama_jax.model.transformer import Hidden, Transformer, logits
 from llama_jax.sharding import Layout
+from llama_jax.train.objective import Objective, Sums
 
 
-class Sums(NamedTuple):
-    """What a loss adds up over the tokens of a batch, float32 scalars."""
-
-    total: jax.Array  # what is minimised
-    weight: jax.Array  # tokens that count
-    nll: jax.Array  # negative log likelihood, nats: `total` without z-loss
+def pretraining(run: config.Run, module: Transformer) -> Objective:
+    """Next-token prediction as a run's settings have it."""
+    return next_token(module, run.train.loss_chunks, run.train.z_loss, run.data.segments)
 
 
 def next_token(
     module: Transformer, chunks: int = 1, z_loss: float = 0.0, segments: str = "document"
-):
-    """`(params, batch) -> (sum, weight, aux)` of a model.
+) -> Objective:
+    """All parameters are trained on nll + z_loss x log(Z)^2 (`cross_entropy`); the reported loss is the nll.
 
     With segments "none" attention looks at no segments: padding stands at the end of a row, where no
     token that counts can see it.
     """
 
-    def loss(params: Any, batch: Batch) -> Sums:
+    def sums(params: Any, frozen: Any, batch: Batch) -> Sums:
         hidden = module.apply(
             {"params": params},
             batch.tokens_BT,
@@ -42,9 +39,17 @@ def next_token(
         total, nll = cross_entropy(
             hidden, batch.targets_BT, batch.weights_BT, module.layout, chunks, z_loss
         )
-        return Sums(total, jnp.sum(batch.weights_BT), nll)
+        weight = jnp.sum(batch.weights_BT)
+        return Sums(total, weight, {"loss": (nll, weight)})
 
-    return loss
+    return Objective(
+        sums=sums,
+        tokens=lambda batch: jnp.sum(batch.weights_BT),
+        init=functools.partial(transformer.init, module),
+        letters=transformer.letters(module),
+        frozen={},
+        batch=iterator.abstract,
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

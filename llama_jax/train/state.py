@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llama_jax.model import transformer
-from llama_jax.model.transformer import Transformer
 from llama_jax.sharding import Layout
+from llama_jax.train.objective import Objective
 
 
 @flax.struct.dataclass
@@ -17,25 +16,21 @@ class State:
     """step counts finished batches; the last three serve the anomaly guard."""
 
     step: jax.Array  # int32
-    params: Any
+    params: Any  # the trained ones: what is frozen is no part of a state
     opt_state: Any
     usual_loss: jax.Array  # float32, running mean of the loss; NaN before the first step
     skips: jax.Array  # int32, updates left out so far
     skips_in_a_row: jax.Array  # int32
 
 
-def abstract(module: Transformer, tx: optax.GradientTransformation) -> State:
-    """The shapes of a state; no memory."""
-    return jax.eval_shape(lambda params: _make(params, tx), transformer.abstract(module))
+def abstract(objective: Objective, tx: optax.GradientTransformation, layout: Layout) -> State:
+    """Shape, dtype and sharding of each leaf (jax.ShapeDtypeStruct); no memory.
 
-
-def shardings(module: Transformer, tx: optax.GradientTransformation, layout: Layout) -> State:
-    """The sharding of each leaf. What the optimiser keeps for each entry of a parameter lies like it.
-
-    Sums over its rows or columns (Adafactor) are small and everywhere.
+    What the optimiser keeps for each entry of a parameter is sharded like the parameter. Sums over its rows
+    or columns (Adafactor) are small and replicated.
     """
-    of_params = jax.tree.map(layout.param, transformer.letters(module))
-    shapes = abstract(module, tx)
+    shapes = jax.eval_shape(lambda key: _make(objective.init(key), tx), jax.random.key(0))
+    of_params = jax.tree.map(layout.param, objective.letters)
     places = dict(jax.tree.leaves_with_path(of_params))
     sizes = {path: leaf.shape for path, leaf in jax.tree.leaves_with_path(shapes.params)}
 
@@ -48,14 +43,25 @@ def shardings(module: Transformer, tx: optax.GradientTransformation, layout: Lay
 
     of_optimiser = jax.tree.map_with_path(place, shapes.opt_state)
     replicated = jax.tree.map(lambda _: layout.replicated, shapes)
-    return replicated.replace(params=of_params, opt_state=of_optimiser)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        replicated.replace(params=of_params, opt_state=of_optimiser),
+    )
 
 
-def init(module: Transformer, tx: optax.GradientTransformation, layout: Layout, seed: int) -> State:
+def shardings(objective: Objective, tx: optax.GradientTransformation, layout: Layout) -> State:
+    """The sharding of each leaf."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract(objective, tx, layout))
+
+
+def init(
+    objective: Objective, tx: optax.GradientTransformation, layout: Layout, seed: int
+) -> State:
     """A fresh state, made where it will live: no device ever holds an unsharded parameter."""
     make = jax.jit(
-        lambda key: _make(transformer.init(module, key), tx),
-        out_shardings=shardings(module, tx, layout),
+        lambda key: _make(objective.init(key), tx),
+        out_shardings=shardings(objective, tx, layout),
     )
     return make(jax.random.key(seed))
 

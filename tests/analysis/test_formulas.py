@@ -98,7 +98,7 @@ def test_a_run_of_a_known_size_needs_about_what_the_compiler_takes():
     )
     estimate, _ = need(run, jax.devices()[:1])
     program = programs.build(run, sharding.make(run.mesh, jax.devices()[:1]))
-    compiled = program.step.lower(program.state, program.batch).compile()
+    compiled = program.step.lower(program.state, program.frozen, program.batch).compile()
     found = compiled.memory_analysis()
     taken = (found.argument_size_in_bytes + found.temp_size_in_bytes) / 2**30
     assert 0.5 * taken < estimate.total < taken
@@ -139,7 +139,9 @@ def test_executed_flops_are_counted_through_loops_and_kernels(remat, kv_heads):
         model=model, data=config.Data(seq_len=T), train=config.Train(batch_size=B, steps=5000)
     )
     program = programs.build(run, sharding.make(run.mesh, jax.devices()[:1]))
-    found = flops.executed(program.step.trace(program.state, program.batch).jaxpr.jaxpr)
+    found = flops.executed(
+        program.step.trace(program.state, program.frozen, program.batch).jaxpr.jaxpr
+    )
     again = remat == "full"
     layer = (3 + again) * D * H * (2 * N + 2 * kv_heads) + (3 + again) * 2 * D * F + 3 * D * F
     rotary = (2 + again) * H * H * (N + kv_heads)
@@ -155,7 +157,9 @@ def test_7b_executes_little_more_than_its_model_flops(remat, most):
     """The step of v4_32, four rows a chip, traced; MaxText's full recomputation is 1.29 times its model."""
     run = scale.micro("7b", "v4_32", 4, remat)
     built = programs.build(run, sharding.abstract(run.mesh, 16))
-    executed = flops.executed(built.step.trace(built.state, built.batch).jaxpr.jaxpr).total
+    executed = flops.executed(
+        built.step.trace(built.state, built.frozen, built.batch).jaxpr.jaxpr
+    ).total
     model = flops.per_token(built.module, run.data.seq_len) * run.tokens_per_step
     assert 1.0 < executed / model <= most
 

@@ -12,7 +12,7 @@ from experiments import lease as lease_module
 from llama_jax import config, files
 from llama_jax.data import iterator
 from llama_jax.train import checkpoint, loop, metrics
-from llama_jax.train.loss import Sums
+from llama_jax.train.objective import Sums
 
 RUN = config.Run(
     data=config.Data(seq_len=8),
@@ -23,7 +23,7 @@ RUN = config.Run(
 )
 
 
-MEAN = loop.Mean(4.5, 96.0)
+MEANS = {"loss": loop.Mean(4.5, 96.0), "accuracy": loop.Mean(0.5, 8.0)}
 
 
 class Checkpoints:
@@ -50,7 +50,7 @@ def play(monkeypatch, tmp_path, run_loop, checkpoints, first=0):
     """session.train around `run_loop`, from the step `first`."""
     for module, name, value in (
         (session.checkpoint, "Checkpoints", lambda *_: checkpoints),
-        (session, "start", lambda *_: (SimpleNamespace(step=first, params={}), 0.0, MEAN)),
+        (session, "start", lambda *_: (SimpleNamespace(step=first, params={}), 0.0, MEANS)),
         (session, "figures", lambda *_: loop.Rates(1.0, 0.0)),
         (session.provenance, "describe", lambda _: {}),
         (session.iterator, "train", lambda *_: iter(())),
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_another_order_of_rows_is_not_gone_on_with():
         program = SimpleNamespace(state=None)
         return session.start(RUN, program, checkpoints, prepared, "order")
 
-    assert start(record) == ("state", 2.0, loop.Mean(1.5, 8.0))
+    assert start(record) == ("state", 2.0, {"loss": loop.Mean(1.5, 8.0)})
     older = {name: value for name, value in record.items() if name != "order"}
     for other in ({**record, "order": "another"}, older):
         message = (
@@ -182,17 +182,18 @@ def test_what_was_evaluated_is_not_evaluated_again(monkeypatch, tmp_path):
     assert result.results == {"validation_loss": 2.5}
 
 
-def test_the_loss_since_the_last_row_is_kept_by_a_checkpoint(monkeypatch, tmp_path):
+def test_means_since_the_last_row_are_kept_by_a_checkpoint(monkeypatch, tmp_path):
     def run_loop(run, state, *_, save, recorder, **__):
-        assert recorder.loss == MEAN, "that of the checkpoint"
-        recorder.loss = recorder.loss.add(1.0, 32.0)
+        assert recorder.means == MEANS, "those of the checkpoint"
+        recorder.means["loss"] = recorder.means["loss"].add(1.0, 32.0)
         save(8, state, 1.0)
         return state, 8
 
     checkpoints = Checkpoints()
     play(monkeypatch, tmp_path, run_loop, checkpoints, first=7)
-    kept = loop.Mean(*json.loads(json.dumps(checkpoints.record))["loss_since_row"])
-    assert kept == (pytest.approx((4.5 * 96 + 32) / 128), 128.0)
+    kept = session._means(json.loads(json.dumps(checkpoints.record)))
+    mean = (pytest.approx((4.5 * 96 + 32) / 128), 128.0)
+    assert kept == {"loss": mean, "accuracy": (0.5, 8.0)}
 
 
 def test_validation_is_the_mean_over_sources_and_bits_are_of_each_sources_own_text(monkeypatch):
@@ -203,7 +204,7 @@ def test_validation_is_the_mean_over_sources_and_bits_are_of_each_sources_own_te
 
     def evaluate(params, batch):
         nll, weight = map(jnp.float32, batch)
-        return Sums(nll, weight, nll)
+        return Sums(nll + 7.0, weight, {"loss": (nll, weight)})
 
     bytes_per_token = {"prose": 4.0, "digits": 1.0}
     values = session.validation(evaluate, None, None, None, bytes_per_token, lambda: False, None)

@@ -37,16 +37,16 @@ def trained(mesh, devices, model=MODEL, microbatches=1, steps=3):
     tx = optax.chain(optax.trace(decay=0.0), optax.scale(-0.1))
     settings = config.Train(batch_size=16, microbatches=microbatches)
     objective = loss.next_token(module, chunks=2)
-    places = state.shardings(module, tx, layout)
+    places = state.shardings(objective, tx, layout)
     advance = jax.jit(
         step.make_step(objective, tx, optim.schedule(OPTIM, 100), settings),
         donate_argnums=0,
         out_shardings=(places, layout.replicated),
     )
-    now = state.init(module, tx, layout, seed=0)
+    now = state.init(objective, tx, layout, seed=0)
     losses, gradients = [], []
     for seed in range(steps):
-        now, metrics = advance(now, batch(layout, seed))
+        now, metrics = advance(now, {}, batch(layout, seed))
         losses.append(float(metrics.loss))
         gradients.append(jax.device_get(now.opt_state[0].trace))
     return losses, gradients[0], now
@@ -117,8 +117,9 @@ def test_initial_values_do_not_depend_on_the_mesh():
     def initial(mesh, devices):
         layout = sharding.make(mesh, devices)
         module = transformer.build(MODEL, layout)
-        tx = optim.build(OPTIM, 100, transformer.letters(module))
-        return jax.device_get(state.init(module, tx, layout, seed=0).params)
+        objective = loss.next_token(module)
+        tx = optim.build(OPTIM, 100, objective.letters)
+        return jax.device_get(state.init(objective, tx, layout, seed=0).params)
 
     one = initial(config.Mesh(), jax.devices()[:1])
     eight = initial(config.Mesh(data=2, fsdp=2, tensor=2), jax.devices())
@@ -128,35 +129,31 @@ def test_initial_values_do_not_depend_on_the_mesh():
 
 def test_step_two_does_not_compile_again_nor_touch_the_host():
     layout = sharding.make(config.Mesh(fsdp=8), jax.devices())
-    module = transformer.build(MODEL, layout)
-    tx = optim.build(OPTIM, 100, transformer.letters(module))
-    places = state.shardings(module, tx, layout)
+    objective = loss.next_token(transformer.build(MODEL, layout))
+    tx = optim.build(OPTIM, 100, objective.letters)
+    places = state.shardings(objective, tx, layout)
     advance = jax.jit(
-        step.make_step(
-            loss.next_token(module), tx, optim.schedule(OPTIM, 100), config.Train(batch_size=16)
-        ),
+        step.make_step(objective, tx, optim.schedule(OPTIM, 100), config.Train(batch_size=16)),
         donate_argnums=0,
         out_shardings=(places, layout.replicated),
     )
-    now = state.init(module, tx, layout, seed=0)
+    now = state.init(objective, tx, layout, seed=0)
     first, second, third = (batch(layout, seed) for seed in range(3))
-    now, _ = advance(now, first)
+    now, _ = advance(now, {}, first)
     with jax.transfer_guard("disallow"):
-        now, _ = advance(now, second)
-        now, metrics = advance(now, third)
+        now, _ = advance(now, {}, second)
+        now, metrics = advance(now, {}, third)
     assert advance._cache_size() == 1
     assert jnp.isfinite(metrics.loss)
 
 
 def test_state_is_donated():
     layout = sharding.make(config.Mesh(), jax.devices()[:1])
-    module = transformer.build(MODEL, layout)
-    tx = optim.build(OPTIM, 100, transformer.letters(module))
-    advance = step.make_step(
-        loss.next_token(module), tx, optim.schedule(OPTIM, 100), config.Train(batch_size=16)
-    )
-    now = state.init(module, tx, layout, seed=0)
-    compiled = jax.jit(advance, donate_argnums=0).lower(now, batch(layout, 0)).compile()
+    objective = loss.next_token(transformer.build(MODEL, layout))
+    tx = optim.build(OPTIM, 100, objective.letters)
+    advance = step.make_step(objective, tx, optim.schedule(OPTIM, 100), config.Train(batch_size=16))
+    now = state.init(objective, tx, layout, seed=0)
+    compiled = jax.jit(advance, donate_argnums=0).lower(now, {}, batch(layout, 0)).compile()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(now))
     assert compiled.memory_analysis().alias_size_in_bytes >= size
 
@@ -214,9 +211,9 @@ def test_optimisers_have_the_numbers_of_one_device(name):
         )
         built = program.build(run, sharding.make(mesh, devices))
         layout = built.module.layout
-        now, found = state.init(built.module, built.tx, layout, seed=0), []
+        now, found = state.init(built.objective, built.tx, layout, seed=0), []
         for seed in range(3):
-            now, metrics = built.step(now, batch(layout, seed))
+            now, metrics = built.step(now, {}, batch(layout, seed))
             found.append(float(metrics.loss))
         return found
 

@@ -40,10 +40,10 @@ def steps(mesh, devices, folder, first, last):
     layout = built.module.layout
     kept = checkpoint.Checkpoints(str(folder), config.Checkpoint())
     restored = kept.latest(built.state)
-    now = restored.state if restored else state.init(built.module, built.tx, layout, seed=0)
+    now = restored.state if restored else state.init(built.objective, built.tx, layout, seed=0)
     losses = []
     for step in range(first, last):
-        now, metrics = built.step(now, meshes.batch(layout, step))
+        now, metrics = built.step(now, {}, meshes.batch(layout, step))
         losses.append(float(metrics.loss))
     kept.save(last, now, {"next_step": last})
     kept.wait()

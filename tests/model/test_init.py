@@ -86,10 +86,10 @@ def spread(width, init, layout):
             built.module.apply({"params": params}, batch.tokens_BT, batch.positions_BT)
         )
     )
-    now = state.init(built.module, built.tx, layout, seed=0)
+    now = state.init(built.objective, built.tx, layout, seed=0)
     before = logits(now.params)
     for _ in range(4):
-        now, _ = built.step(now, batch)
+        now, _ = built.step(now, {}, batch)
     return float(np.std(logits(now.params) - before))
 
 

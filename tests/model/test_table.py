@@ -74,11 +74,11 @@ def exact(zipf):
 def gradients(mesh, rows, dtype):
     layout = laid_out(mesh)
     module = transformer.build(dataclasses.replace(MODEL, compute_dtype=dtype), layout)
-    objective = loss.next_token(module, chunks=2)
+    objective = loss.next_token(module, chunks=2).sums
     places = jax.tree.map(layout.param, transformer.letters(module))
     params = jax.device_put(drawn(module), places)
     batch = Batch(*(layout.put(array, "BT", 8) for array in rows))
-    found = jax.jit(jax.grad(lambda p, b: objective(p, b).total), out_shardings=places)(
+    found = jax.jit(jax.grad(lambda p, b: objective(p, {}, b).total), out_shardings=places)(
         params, batch
     )
     return {name: np.asarray(leaf, np.float64) for name, leaf in tree.paths(found).items()}

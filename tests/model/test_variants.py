@@ -91,11 +91,11 @@ def test_logits_are_those_of_the_papers(name, layout, monkeypatch):
 
 def loss_and_gradient(model, layout, remat="none"):
     module, params = network(dataclasses.replace(model, remat=remat), layout)
-    objective = loss.next_token(module)
+    objective = loss.next_token(module).sums
 
     @jax.jit
     def compute(params, batch):
-        sums, gradient = jax.value_and_grad(lambda p: objective(p, batch).total)(params)
+        sums, gradient = jax.value_and_grad(lambda p: objective(p, {}, batch).total)(params)
         return sums, gradient
 
     rows = jax.tree.map(lambda x: np.concatenate([x, x[::-1]]), batch(model))

@@ -83,13 +83,14 @@ def our_curve(model, layout, settings, batches):
     tx = optim.build(settings, STEPS, transformer.letters(module))
     train = config.Train(steps=STEPS, batch_size=2)
     rate = optim.schedule(settings, STEPS)
-    advance = jax.jit(step.make_step(loss.next_token(module), tx, rate, train))
-    now = state.init(module, tx, layout, 0)
+    objective = loss.next_token(module)
+    advance = jax.jit(step.make_step(objective, tx, rate, train))
+    now = state.init(objective, tx, layout, 0)
     params = jax.tree.map(jnp.asarray, params)
     now = now.replace(params=params, opt_state=tx.init(params))
     curve = []
     for rows in batches:
-        now, metrics = advance(now, rows)
+        now, metrics = advance(now, {}, rows)
         curve.append((float(metrics.loss), float(metrics.grad_norm)))
     return np.array(curve).T
 

@@ -225,10 +225,10 @@ def their_loss(their_model, rows):
 def gradients(model, layout, rows):
     """By transformers' names: ours and theirs, as float32 NumPy."""
     module, params = network(model, layout)
-    objective = loss.next_token(module, chunks=3)
+    objective = loss.next_token(module, chunks=3).sums
 
     def mean(params):
-        sums = objective(params, rows)
+        sums = objective(params, {}, rows)
         return sums.total / sums.weight
 
     ours = names.state_dict(jax.jit(jax.grad(mean))(params), model)

@@ -45,7 +45,7 @@ def a_run(steps=10, log=1, evaluation=100, save=100, **train):
     )
 
 
-def play(run, first=0, step=None, interrupt=None, rates=None, loss=loop.Mean()):  # noqa: B008
+def play(run, first=0, step=None, interrupt=None, rates=None, means=None):
     """The loop with everything around it replaced by lists."""
     console, saves, evaluations, audit = Console(), [], [], []
     batches = (Loaded(n, np.array([0, 1]), np.array([n, n])) for n in range(first, 1000))
@@ -54,7 +54,7 @@ def play(run, first=0, step=None, interrupt=None, rates=None, loss=loop.Mean()):
         assert batch == state.step, "batch n belongs to step n"
         return State(state.step + 1), metrics(loss=10.0 - state.step)
 
-    recorder = loop.Recorder(run, rates or loop.Rates(100.0, 0.0), [], console, 0.0, loss)
+    recorder = loop.Recorder(run, rates or loop.Rates(100.0, 0.0), [], console, 0.0, means or {})
     result = loop.run(
         run, State(first), step or plain, batches,
         evaluate=lambda params: evaluations.append(params) or {"validation_loss": 1.5},
@@ -64,8 +64,8 @@ def play(run, first=0, step=None, interrupt=None, rates=None, loss=loop.Mean()):
     return result, console, saves, evaluations, audit
 
 
-def metrics(loss=1.0, skipped=0.0, in_a_row=0.0, norm=2.0):
-    return Metrics(*map(jnp.float32, (loss, 32, norm, 0.1, skipped, in_a_row)))
+def metrics(loss=1.0, skipped=0.0, in_a_row=0.0, norm=2.0, aux=None):
+    return Metrics(*map(jnp.float32, (loss, 32, 32, norm, 0.1, skipped, in_a_row)), aux or {})
 
 
 def test_each_step_is_recorded_once_in_order():
@@ -90,7 +90,7 @@ def spoken(steps):
 def test_the_loss_of_a_row_is_the_mean_over_the_tokens_since_the_last_one():
     def step(state, batch):
         loss, tokens = uneven(state)
-        return State(state.step + 1), metrics(loss)._replace(tokens=jnp.float32(tokens))
+        return State(state.step + 1), metrics(loss)._replace(weight=jnp.float32(tokens))
 
     run = a_run(steps=10, log=4, evaluation=6)
     _, console, *_ = play(run, step=step)
@@ -101,8 +101,37 @@ def test_the_loss_of_a_row_is_the_mean_over_the_tokens_since_the_last_one():
     halfway = loop.Mean()
     for n in (1, 2, 3):
         halfway = halfway.add(*uneven(State(n - 1)))
-    _, console, *_ = play(run, first=3, step=step, loss=halfway)
+    _, console, *_ = play(run, first=3, step=step, means={"loss": halfway})
     assert {row["step"]: row["loss"] for row in console.rows} == rows, "bit for bit"
+
+
+@pytest.mark.parametrize("weights", [(3, 1, 2, 5), (0.2, 0.1, 0.05, 0.3), (1, -1, 2, -0.5)])
+def test_a_mean_of_steps_is_divided_by_the_sum_of_their_weights(weights):
+    values, mean = (2.0, 7.0, -1.5, 4.0), loop.Mean()
+    for n, pair in enumerate(zip(values, weights, strict=True), 1):
+        mean = mean.add(*pair)
+        total = sum(weights[:n])
+        expected = np.dot(values[:n], weights[:n]) / (total or 1)
+        assert mean == (pytest.approx(expected, rel=1e-12), pytest.approx(total, rel=1e-12))
+
+
+def test_aux_of_a_step_that_was_left_out_or_without_weight_is_not_in_the_mean():
+    steps = [(0.9, 5, 0), (0.1, 3, 1), (0.4, 7, 0), (0.3, 0, 0)]  # accuracy, its weight, left out
+
+    def step(state, batch):
+        accuracy, weight, skipped = steps[state.step]
+        aux = {"accuracy": (jnp.float32(accuracy), jnp.float32(weight))}
+        return State(state.step + 1), metrics(skipped=skipped, in_a_row=skipped, aux=aux)
+
+    _, console, *_ = play(a_run(steps=4, log=3, on_anomaly="skip"), step=step)
+    mean = (0.9 * 5 + 0.4 * 7) / 12
+    assert [row["accuracy"] for row in console.rows] == pytest.approx([mean, 0.3])
+
+
+def test_an_aux_with_the_name_of_a_column_is_refused():
+    step = lambda *_: (State(1), metrics(aux={"mfu": (jnp.float32(1), jnp.float32(1))}))
+    with pytest.raises(AssertionError, match="mfu"):
+        play(a_run(steps=1), step=step)
 
 
 def test_a_step_that_was_left_out_is_not_in_the_mean():
@@ -126,7 +155,9 @@ def test_metrics_of_a_step_are_fetched_after_the_next_is_dispatched():
     def step(state, batch):
         events.append(("step", state.step + 1))
         values = dict.fromkeys(Metrics._fields, 0.0)
-        return State(state.step + 1), Metrics(**{**values, "loss": Watched(state.step + 1)})
+        return State(state.step + 1), Metrics(
+            **{**values, "loss": Watched(state.step + 1), "aux": {}}
+        )
 
     play(a_run(steps=3), step=step)
     assert events == [
@@ -221,7 +252,7 @@ def test_rates_and_stall_are_of_the_time_between_rows(monkeypatch):
         return State(state.step + 1), metrics()
 
     run, console = a_run(steps=4, log=2), Console()
-    recorder = loop.Recorder(run, loop.Rates(100.0, 3200.0), [], console, 10.0)
+    recorder = loop.Recorder(run, loop.Rates(100.0, 3200.0), [], console, 10.0, {})
     loop.run(
         run, State(0), step, Slow(), evaluate=lambda _: {}, save=lambda *_: None,
         recorder=recorder, interrupt=loop.Interrupt(),

@@ -27,11 +27,11 @@ def batch(model, seed=0, weights=None):
 
 @functools.cache  # compiling is what takes the time
 def setup(model, layout, **train):
-    module = transformer.build(model, layout)
-    tx = optim.build(OPTIM, 100, transformer.letters(module))
+    objective = loss.next_token(transformer.build(model, layout))
+    tx = optim.build(OPTIM, 100, objective.letters)
     train = config.Train(batch_size=B, **train)
-    make = step.make_step(loss.next_token(module), tx, optim.schedule(OPTIM, 100), train)
-    return state.init(module, tx, layout, 0), jax.jit(make)
+    advance = jax.jit(step.make_step(objective, tx, optim.schedule(OPTIM, 100), train))
+    return state.init(objective, tx, layout, 0), lambda now, rows: advance(now, {}, rows)
 
 
 def same(a, b, **tolerance):
@@ -121,7 +121,7 @@ def test_metrics_are_of_the_batch(model, layout):
     one = batch(model)
     _, metrics = advance(start, one)
     module = transformer.build(model, layout)
-    objective = lambda p: loss.next_token(module)(p, one).total / (B * T)
+    objective = lambda p: loss.next_token(module).sums(p, {}, one).total / (B * T)
     gradient = jax.grad(objective)(start.params)
     norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradient)))
     assert float(metrics.tokens) == B * T
@@ -132,6 +132,9 @@ def test_metrics_are_of_the_batch(model, layout):
 def test_z_loss_is_in_the_gradient_but_not_in_the_reported_loss(model, layout):
     module = transformer.build(dataclasses.replace(model, init_std=0.5), layout)
     params = transformer.init(module, jax.random.key(0))
-    plain, with_z = (loss.next_token(module, 1, z)(params, batch(model)) for z in (0.0, 0.1))
-    assert float(plain.nll) == pytest.approx(float(with_z.nll), rel=1e-6)
+    plain, with_z = (
+        loss.next_token(module, 1, z).sums(params, {}, batch(model)) for z in (0.0, 0.1)
+    )
+    nll, nll_with_z = (float(sums.reported["loss"][0]) for sums in (plain, with_z))
+    assert nll_with_z == pytest.approx(nll, rel=1e-6)
     assert float(with_z.total) > float(plain.total) * 1.01
