@@ -39,7 +39,7 @@ class Machine:
         devices = jax.devices()
         self.kind = devices[0].device_kind
         self.program = programs.build(run, sharding.make(run.mesh, devices))
-        need = memory.need(run, self.program.state, self.kind)
+        need = memory.need(run, self.program.state, self.kind, self.program.frozen)
         memory.check(need, memory.available(devices))
 
     @functools.cached_property

@@ -22,7 +22,7 @@ from llama_jax.model.kernels import BLOCK, IN_ORDER_FROM
 class Need(NamedTuple):
     """GiB on each device."""
 
-    state: float  # parameters and optimiser, float32
+    state: float  # parameters and optimiser, float32; frozen parameters
     gradients: float
     activations: float
     logits: float
@@ -56,16 +56,16 @@ SCORES = 3.1  # times the float32 scores that attention in blocks holds at once,
 LANES = 128  # the last dimension of an array takes a multiple of it in a TPU's memory
 
 
-def need(run: config.Run, state: Any, device_kind: str = "") -> Need:
-    """Memory of a run whose state has these shapes and shardings."""
+def need(run: config.Run, state: Any, device_kind: str = "", frozen: Any = ()) -> Need:
+    """Memory of a run whose state and frozen arrays have these shapes and shardings."""
     mesh = jax.tree.leaves(state)[0].sharding.mesh.shape
-    return of_bytes(run, mesh, _local(state), _local(state.params), device_kind)
+    return of_bytes(run, mesh, _local((state, frozen)), _local(state.params), device_kind)
 
 
 def of_bytes(
     run: config.Run, mesh: Mapping[str, int], state: float, parameters: float, device_kind: str
 ) -> Need:
-    """The same from the bytes of the state, and of the parameters in it, on one device."""
+    """The same from the bytes on one device: of the state with what is frozen, and of trained parameters."""
     model = run.model
     if device_kind.startswith("TPU"):
         model = padded(model)

@@ -61,7 +61,7 @@ def of(run: config.Run, name: str, compiled: aot.Compiled | aot.DoesNotFit | Non
     slice_ = hardware.find_slice(name)
     device = hardware.DEVICES[slice_.device]
     program = programs.build(run, sharding.abstract(run.mesh, slice_.devices))
-    need = memory.need(run, program.state, slice_.device)
+    need = memory.need(run, program.state, slice_.device, program.frozen)
     model = flops.per_token(program.module, run.data.seq_len) * run.tokens_per_step / slice_.devices
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.state))
     known = dict(

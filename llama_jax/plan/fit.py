@@ -69,11 +69,11 @@ def fits(run: config.Run, name: str) -> list[Fit]:
 
 @functools.lru_cache(maxsize=64)
 def _sizes(run: config.Run) -> tuple[int, int, int]:
-    """Bytes of the state and of the parameters in it, and FLOPs a token."""
+    """Bytes of the state with what is frozen, and of trained parameters; FLOPs a token."""
     program = programs.build(run, sharding.abstract(config.Mesh(), 1))
     state, parameters = (
         sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part))
-        for part in (program.state, program.state.params)
+        for part in ((program.state, program.frozen), program.state.params)
     )
     return state, parameters, flops.per_token(program.module, run.data.seq_len)
 

@@ -87,6 +87,14 @@ def test_state_and_gradients_are_exact_and_shared_among_devices():
     assert eight.activations == pytest.approx(one.activations / 8)
 
 
+def test_what_is_frozen_is_stored_and_has_no_gradient():
+    run = config.Run(train=config.Train(batch_size=16), data=config.Data(seq_len=64))
+    alone, shapes = need(run, jax.devices())
+    both = memory.need(run, shapes, frozen={"reference": shapes.params})
+    state = pytest.approx(alone.state * (12 + 4) / 12, rel=1e-6)
+    assert both == alone._replace(state=state), "4 bytes more a parameter, and nothing else"
+
+
 def test_a_run_of_a_known_size_needs_about_what_the_compiler_takes():
     """Within 40% above and never above it: the estimate leaves temporaries out."""
     model = config.Model(
