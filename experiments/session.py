@@ -281,8 +281,9 @@ def train(
             batches, advance = iterator.train(run, prepared, layout, first), machine.advance
             recorder.pause()
             state, done = loop.run(
-                run, state, advance, batches, evaluate=functools.partial(evaluate, interrupt.due),
-                save=save, recorder=recorder, interrupt=interrupt, audit=audit,
+                run, state, advance, lambda step, state: next(batches),
+                evaluate=functools.partial(evaluate, interrupt.due), save=save, recorder=recorder,
+                interrupt=interrupt, audit=audit,
             )  # fmt: skip
         checkpoints.wait()
     except Exception:

@@ -8,7 +8,7 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -125,9 +125,10 @@ class Recorder:
         )  # at and since the last row
         self._pending: tuple[int, Any] | None = None
 
-    def next(self, batches: Iterator[Any]) -> Any:
+    def wait_for(self, batch: Callable[[], Any]) -> Any:
+        """What `batch()` returns; its time is the row's stall."""
         start = time.perf_counter()
-        loaded = next(batches)
+        loaded = batch()
         self._waited += time.perf_counter() - start
         return loaded
 
@@ -199,7 +200,7 @@ def run(
     run: config.Run,
     state: Any,
     step: Callable[[Any, Any], tuple[Any, Any]],
-    batches: Iterator[Any],
+    next_batch: Callable[[int, Any], Any],
     *,
     evaluate: Callable[[Any], Row],
     save: Callable[[int, Any, float], None],
@@ -209,14 +210,16 @@ def run(
 ) -> tuple[Any, int]:
     """Train from `state.step` to `run.train.steps`; the state and the number of finished steps.
 
-    `batches` yields what `data.iterator` yields. `evaluate(params)` gives values for a row.
-    `save(step, state, seconds)` writes a checkpoint. An interrupt ends the loop early, after a save.
+    `next_batch(finished, state)` returns what `data.iterator` yields: the batch of the step that follows
+    `finished` steps and starts from `state`. It must not keep the state, which the step donates.
+    `evaluate(params)` returns values for a row. `save(step, state, seconds)` writes a checkpoint. An
+    interrupt ends the loop early, after a save.
     """
     finished = saved = int(state.step)
     for done in range(finished + 1, run.train.steps + 1):
         if interrupt.due():
             break
-        loaded = recorder.next(batches)
+        loaded = recorder.wait_for(functools.partial(next_batch, finished, state))
         if audit:
             audit({"step": done, "source": loaded.sources.tolist(), "row": loaded.rows.tolist()})
         state, metrics = step(state, loaded.batch)

@@ -56,7 +56,7 @@ def play(run, first=0, step=None, interrupt=None, rates=None, means=None):
 
     recorder = loop.Recorder(run, rates or loop.Rates(100.0, 0.0), [], console, 0.0, means or {})
     result = loop.run(
-        run, State(first), step or plain, batches,
+        run, State(first), step or plain, lambda finished, state: next(batches),
         evaluate=lambda params: evaluations.append(params) or {"validation_loss": 1.5},
         save=lambda done, state, seconds: saves.append((done, state.step)),
         recorder=recorder, interrupt=interrupt or loop.Interrupt(), audit=audit.append,
@@ -242,10 +242,9 @@ def test_rates_and_stall_are_of_the_time_between_rows(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
 
-    class Slow:
-        def __next__(self):
-            now[0] += 0.5
-            return Loaded(0, np.zeros(2, int), np.zeros(2, int))
+    def slow(finished, state):
+        now[0] += 0.5
+        return Loaded(0, np.zeros(2, int), np.zeros(2, int))
 
     def step(state, batch):
         now[0] += 1.5
@@ -254,7 +253,7 @@ def test_rates_and_stall_are_of_the_time_between_rows(monkeypatch):
     run, console = a_run(steps=4, log=2), Console()
     recorder = loop.Recorder(run, loop.Rates(100.0, 3200.0), [], console, 10.0, {})
     loop.run(
-        run, State(0), step, Slow(), evaluate=lambda _: {}, save=lambda *_: None,
+        run, State(0), step, slow, evaluate=lambda _: {}, save=lambda *_: None,
         recorder=recorder, interrupt=loop.Interrupt(),
     )  # fmt: skip
     last = console.rows[-1]

@@ -143,10 +143,12 @@ def test_aux_are_in_the_rows_of_the_metrics_file(layout, tmp_path):
     file = tmp_path / "metrics.jsonl"
     console = metrics.Console(0, 5, quiet=True)
     recorder = loop.Recorder(run, loop.Rates(1, 0), [metrics.jsonl(file, 0)], console, 0.0, {})
+    asked = []
     loop.run(
-        run, start, advance, loaded,
+        run, start, advance, lambda n, now: asked.append((n, int(now.step))) or next(loaded),
         evaluate=lambda params: {}, save=lambda *_: None, recorder=recorder, interrupt=loop.Interrupt(),
     )  # fmt: skip
+    assert asked == [(n, n) for n in range(5)]
     w_D, values = np.zeros(D), []
     for batch in batches:
         mean, gradient_D, aux = expected(w_D, batch)
