@@ -22,7 +22,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import cli, hosts, loading
-from llama_jax import config, sharding, tree
+from llama_jax import config, dims, sharding, tree
 from llama_jax.convert import native, smaller
 from llama_jax.data import iterator, prepare
 from llama_jax.decode.engine import Engine
@@ -84,7 +84,7 @@ def stored(module: Transformer, quant: config.Quant) -> float:
     """Bytes of the network in smaller weights, about: without their scales."""
     letters = tree.paths(transformer.letters(module))
     return sum(
-        leaf.size * (scheme(letters[name].removeprefix("L"), quant)[0] or 32) / 8
+        leaf.size * (scheme(dims.unstacked(letters[name]), quant)[0] or 32) / 8
         for name, leaf in tree.paths(transformer.abstract(module)).items()
     )
 

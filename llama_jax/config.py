@@ -193,6 +193,11 @@ class Model:
         return self.layers // len(self.pattern)
 
     @property
+    def blocks(self) -> dict[str, int]:
+        """How many layers are of each kind of block."""
+        return {kind: self.groups * self.pattern.count(kind) for kind in set(self.pattern)}
+
+    @property
     def unrolled(self) -> int:
         """Layer groups laid out one after another in each turn of the scan: as many as divide them all."""
         most = min(self.unroll, self.groups)

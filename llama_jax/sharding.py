@@ -20,18 +20,19 @@ from llama_jax import config, dims
 
 AXES = ("slices", "data", "fsdp", "context", "tensor")
 
-_WIDE = {"N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",)}
-# Parameters at rest: their width over fsdp (ZeRO stage 3, arXiv:1910.02054), and over context, whose
+_WIDE = {"wide": ("tensor",), "vocabulary": ("tensor",)}
+_WHOLE = dict.fromkeys(("inner", "rank", "entries", "stack"), ())
+# Parameters at rest: their narrow width over fsdp (ZeRO stage 3, arXiv:1910.02054), and over context, whose
 # devices would else hold the same; their other large dimension over tensor (arXiv:1909.08053).
-# Norm scales carry only D and are sharded likewise.
-PARAMETERS = {"D": ("fsdp", "context"), **_WIDE, "H": (), "L": (), "R": (), "U": ()}
+# Norm scales carry only that width and are sharded likewise.
+PARAMETERS = dims.of_roles({**_WHOLE, **_WIDE, "narrow": ("fsdp", "context")})
 # Parameters in use: gathered over fsdp.
-GATHERED = {**PARAMETERS, "D": ()}
+GATHERED = dims.of_roles({**_WHOLE, **_WIDE, "narrow": ()})
 # A batch as it comes from the hosts: rows over every data-parallel axis.
-BATCH = {"B": ("slices", "data", "fsdp"), "T": ()}
+BATCH = dims.of_roles({"rows": ("slices", "data", "fsdp"), "positions": ()})
 # Activations: heads and hidden widths over tensor; positions over context, and over tensor where nothing
 # else is: residuals and norms (sequence parallelism, arXiv:2205.05198).
-ACTIVATIONS = {**BATCH, "T": ("context", "tensor"), "S": (), "D": (), **_WIDE, "G": (), "H": ()}
+ACTIVATIONS = {**BATCH, **GATHERED, "T": ("context", "tensor")}
 # Within attention every position is needed: heads take the place of positions over context (all-to-all,
 # arXiv:2309.14509).
 HEADS = {**ACTIVATIONS, "N": ("tensor", "context"), "K": ("tensor", "context"), "T": ()}
@@ -152,10 +153,10 @@ class Layout:
                 axes = [axis for axis in self._table(table)[letter] if self.mesh.shape[axis] > 1]
                 given = " x ".join(f"mesh.{axis}={self.mesh.shape[axis]}" for axis in axes)
                 named = " x ".join(f"mesh.{axis}" for axis in axes)
-                field, near = dims.FIELDS[letter], max(parts, round(size / parts) * parts)
+                of, near = dims.LETTERS[letter], max(parts, round(size / parts) * parts)
                 raise ValueError(
-                    f"{what}: {given} must divide {field}={size} ({dims.WORDS[letter]}); "
-                    f"try {named}={math.gcd(size, parts)}, or {field}={near}"
+                    f"{what}: {given} must divide {of.setting}={size} ({of.words}); "
+                    f"try {named}={math.gcd(size, parts)}, or {of.setting}={near}"
                 )
 
     def check_rows(self, rows: int) -> None:

@@ -11,33 +11,44 @@ with the half); MaxText's figure for 7B at T = 2048 is the same to the digit.
 import math
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from llama_jax import config, dims, tree
+from llama_jax import config, dims
 from llama_jax.model import transformer
 from llama_jax.model.kernels import SPLASH_BLOCK
 from llama_jax.model.transformer import Transformer
 
 
 def matmul_parameters(module: Transformer) -> int:
-    labels = tree.paths(transformer.letters(module))
-    sizes = {name: leaf.size for name, leaf in tree.paths(transformer.abstract(module)).items()}
-    looked_up = {"positions"} if module.config.output == "tied" else {"positions", "embed"}
-    return sum(
-        sizes[name]
-        for name, label in labels.items()
-        if dims.is_matrix(label) and name not in looked_up
-    )
+    """Entries of the matrices that a token is multiplied with; a tied embedding is one of them."""
+    tied = module.config.output == "tied"
+
+    def multiplied(label: str) -> bool:
+        output = tied and "vocabulary" in dims.roles(label)
+        return dims.is_matrix(label) and (output or not dims.is_table(label))
+
+    labels, shapes = transformer.letters(module), transformer.abstract(module)
+    each = jax.tree.map(lambda label, leaf: multiplied(label) * leaf.size, labels, shapes)
+    return sum(jax.tree.leaves(each))
 
 
 def per_token(module: Transformer, seq_len: int) -> int:
     """Forward and backward FLOPs of one token in a row of `seq_len`."""
-    model: config.Model = module.config
+    blocks = module.config.blocks
+    attention = sum(n * ATTENTION[kind](module.config, seq_len) for kind, n in blocks.items())
+    return int(6 * matmul_parameters(module) + attention)
+
+
+def _self_attention(model: config.Model, seq_len: int) -> float:
+    """Both products of one block, forward and backward, of a token."""
     # Twice the mean number of keys that a query sees: T, or with a window w of T positions 2 w - w^2 / T.
     window = min(model.window or seq_len, seq_len)
     keys = 2 * window - window**2 / seq_len
-    attention = 6 * model.layers * model.heads * model.head_dim * keys
-    return int(6 * matmul_parameters(module) + attention)
+    return 6 * model.heads * model.head_dim * keys
+
+
+ATTENTION = {"self": _self_attention}  # by kind of block
 
 
 class Executed(NamedTuple):

@@ -130,10 +130,15 @@ def padded(model: config.Model) -> config.Model:
 
 
 def stored(model: config.Model) -> int:
-    """Numbers a token that the layers leave for the backward pass (counted from the layer's code)."""
+    """Numbers a token that the layers leave for the backward pass."""
+    return sum(n * STORED[kind](model) for kind, n in model.blocks.items())
+
+
+def _stored_by_self(model: config.Model) -> int:
+    """By one block, counted from its code."""
     attention = model.heads * model.head_dim
     keys = 2 * model.kv_heads * model.head_dim
-    layer = {
+    return {
         "full": model.dim,
         "offload": model.dim,
         "attention": model.dim + 2 * attention + keys,
@@ -142,7 +147,9 @@ def stored(model: config.Model) -> int:
         # Of the four wide arrays XLA computes one again.
         "none": 5 * model.dim + 2 * attention + keys + 3 * model.ffn_dim,
     }[model.remat]
-    return model.layers * layer
+
+
+STORED = {"self": _stored_by_self}  # by kind of block
 
 
 def offloaded(run: config.Run) -> float:

@@ -94,8 +94,7 @@ def unit_of(row: Row, layer: int, model: config.Model) -> Unit:
 
 def torch_shape(row: Row, model: config.Model) -> tuple[int, ...]:
     """The shape of one layer's tensor as Meta and Hugging Face store it."""
-    size = dims.sizes(model)
-    return tuple(math.prod(size[letter] for letter in part) for part in row.torch.split())
+    return tuple(math.prod(dims.shape(part, model)) for part in row.torch.split())
 
 
 def unit_rows(row: Row, model: config.Model) -> int:
@@ -123,8 +122,7 @@ def to_torch(array: np.ndarray, row: Row, model: config.Model) -> np.ndarray:
     _, *inputs = row.torch.split()
     if not inputs:
         return array
-    size = dims.sizes(model)
-    width = math.prod(size[letter] for letter in inputs[0])
+    width = math.prod(dims.shape(inputs[0], model))
     if _same_order(row):
         return array.reshape(-1, width)
     return transpose(array.reshape(width, -1))

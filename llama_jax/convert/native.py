@@ -227,9 +227,7 @@ def _read(model: config.Model, arrays, unit: Unit, start: int, stop: int) -> np.
 
 
 def _stacked_shape(unit: Unit, model: config.Model) -> tuple[int, ...]:
-    size = dims.sizes(model)
-    letters = ("L" if unit.group >= 0 else "") + unit.row.letters
-    return tuple(size[letter] for letter in letters)
+    return dims.shape(("L" if unit.group >= 0 else "") + unit.row.letters, model)
 
 
 def _said(folder: Path) -> Path:

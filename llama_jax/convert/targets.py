@@ -159,13 +159,12 @@ class Native:
 
     def _open_array(self, path: str) -> ts.TensorStore:
         unit = next(u for u in names.units(self._model) if u.path == path)
-        size = dims.sizes(self._model)
-        shape = [size[letter] for letter in unit.row.letters]
+        shape = list(dims.shape(unit.row.letters, self._model))
         pieces = list(shape)
         rows = job.rows_per_block(unit, self._model) // names.unit_rows(unit.row, self._model)
         pieces[names.lead(unit.row)] = rows
         if unit.group >= 0:
-            shape, pieces = [size["L"], *shape], [1, *pieces]
+            shape, pieces = [self._model.groups, *shape], [1, *pieces]
         spec = {
             "driver": "zarr3",
             # TensorStore leaves out pieces of zeros otherwise, and Orbax takes them for lost.

@@ -24,8 +24,7 @@ def param(module: nn.Module, name: str, letters: str, initialise) -> jax.Array |
     Its initial value depends on the seed, its path and its shape alone: networks that differ elsewhere
     begin with the same numbers. The backward pass gathers it again: remat never saves "gathered".
     """
-    size = dims.sizes(module.config)
-    shape = tuple(size[letter] for letter in letters)
+    shape = dims.shape(letters, module.config)
 
     def by_name(key, *shape_and_dtype):
         # Linen's own key counts the parameters made before. When it only compares shapes there are no keys.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from llama_jax import dims
 from llama_jax.model.init import initial, param
 from llama_jax.model.quantised import Quantised, product
 
@@ -60,7 +61,7 @@ def _forward(letters, x, w, layout):
 
 
 def _backward(letters, layout, saved, slope):
-    """The gradient of w begins with D, unless D is its wider side.
+    """The gradient of w begins with its narrow letter (D), unless that is its wider side.
 
     What belongs to the first side is transposed on a TPU: written as FD, the gradient of `down` has every
     hidden activation copied, 1% of 7B's step. And D is scattered: written as NHD, the gradient of `o` is
@@ -68,9 +69,10 @@ def _backward(letters, layout, saved, slope):
     """
     x, w = saved
     inputs, weights, outputs = letters.replace("->", ",").split(",")
-    D = w.shape[weights.index("D")]
-    other = weights.replace("D", "")
-    order = "D" + other if w.size >= D * D else other + "D"
+    narrow = dims.width(weights)
+    width = w.shape[weights.index(narrow)]
+    other = weights.replace(narrow, "")
+    order = narrow + other if w.size >= width**2 else other + narrow
     w_slope = layout.rest(jnp.einsum(f"{inputs},{outputs}->{order}", x, slope), order)
     x_slope = jnp.einsum(f"{outputs},{weights}->{inputs}", slope, w)
     return x_slope, jnp.einsum(f"{order}->{weights}", w_slope)

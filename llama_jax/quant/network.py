@@ -73,9 +73,9 @@ def scheme(letters: str, quant: config.Quant) -> tuple[int, int]:
 
     Its letters are those without L. A table of positions is small; what has the vocabulary keeps 8 bits.
     """
-    if not dims.is_matrix(letters) or "R" in letters:
+    if not dims.is_matrix(letters) or "entries" in dims.roles(letters):
         return 0, 0
-    return (4, quant.group) if quant.bits == 4 and "V" not in letters else (8, 0)
+    return (4, quant.group) if quant.bits == 4 and dims.is_inner(letters) else (8, 0)
 
 
 def _parameter(name: str, w, letters: str, quant: config.Quant, hessian=None):

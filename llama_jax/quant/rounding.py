@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llama_jax import dims
 from llama_jax.model.quantised import Quantised, split
 
 STEPS = {8: 127, 4: 8}  # from 0 to the largest
@@ -26,9 +27,9 @@ def grid(letters: str, shape: tuple[int, ...], group: int) -> Grid:
     Of another size where that does not divide them: the nearest ratio that does, not below half of it,
     where scales would take as much as values. group 0: of all. A table's row is a block.
     """
-    if letters[0] == "V":
+    if dims.is_table(letters):
         return Grid(0, (shape[0], 1))
-    contracted = letters.index("D") if letters[0] != "D" else 1
+    contracted = max(letters.index(dims.width(letters)), 1)
     outer, inner = math.prod(shape[: contracted - 1]), shape[contracted - 1]
     sizes = divisors(inner) + [inner * n for n in divisors(outer)]
     wanted = min(group or outer * inner, outer * inner)

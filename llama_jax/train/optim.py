@@ -91,8 +91,8 @@ def _muon(optim, rate, letters):
 
 
 def _sides(label: str) -> optax.contrib.MuonDimensionNumbers:
-    sizes = label.replace("L", "")
-    outputs = sizes[1:] if sizes[0] == "D" else "D"
+    sizes, narrow = dims.unstacked(label), dims.width(label)
+    outputs = sizes[1:] if sizes[0] == narrow else narrow
     places = {letter: i for i, letter in enumerate(label)}
     inputs = [places[letter] for letter in sizes if letter not in outputs]
     return optax.contrib.MuonDimensionNumbers(inputs, [places[letter] for letter in outputs])
