@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from llama_jax import config, files, tree
 PIECE_BYTES = 16 << 20
 RETRY_SECONDS = 2.0  # before a checkpoint that could not be read is read once more
 REASON_BYTES = 240  # of a host's reason, told to the others
+CHECKSUMS, OLD_CHECKSUMS = "hashes", "checksums"  # of a record
 READ, UNREADABLE, NO_MEMORY = range(3)  # what came of reading a checkpoint; the worst host's counts
 
 
@@ -71,7 +73,7 @@ class Checkpoints:
         """
         self.wait()
         self._saving = step
-        record = {**record, "checksums": checksums(state)}
+        record = {**record, CHECKSUMS: checksums(state)}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state, _pieces(state)), record=ocp.args.JsonSave(record)
         )
@@ -174,13 +176,14 @@ class Checkpoints:
             handler = ocp.StandardCheckpointHandler()
             args = ocp.args.StandardRestore(target)
             state = handler.restore(self.folder / str(step) / "state", args=args)
-            restored, wanted = Restored(state, record := self.record(step)), record["checksums"]
+            restored = Restored(state, self.record(step))
+            sums, wanted = _sums_of(restored.record)
         except Exception as error:  # Orbax and TensorStore raise a dozen kinds
             outcome, reason = _kind(error), _first_line(error)
         outcome, reason = _worst(outcome, reason)
         if outcome != READ:
             return outcome, None, reason
-        found = checksums(restored.state)
+        found = sums(restored.state)
         if bad := [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]:
             outcome, reason = UNREADABLE, f"{bad[0]} does not match its checksum"
         outcome, reason = _worst(outcome, reason)
@@ -195,6 +198,13 @@ class Checkpoints:
                 (self.folder / str(step)).rename(_free(self.folder / f"{step}.unreadable"))
         _worst(READ, "")  # the others list what is there after that
         self._manager.reload()
+
+
+def _sums_of(record: dict[str, Any]) -> tuple[Callable[[Any], dict[str, int]], dict[str, int]]:
+    """How the checksums of a checkpoint are computed, and which it has."""
+    if CHECKSUMS in record:
+        return checksums, record[CHECKSUMS]
+    return sums_of_bits, record[OLD_CHECKSUMS]
 
 
 def _free(path: Path) -> Path:
@@ -231,20 +241,58 @@ def _pieces(state: Any) -> Any:
     return jax.tree.map_with_path(choose, state)
 
 
-@jax.jit
-def _sums(state: Any) -> Any:
-    """The sum of each array's bits as unsigned integers, modulo 2^32: the same in any order."""
-
-    def bits(leaf):
-        raw = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
-        return jnp.sum(raw.astype(jnp.uint32), dtype=jnp.uint32)
-
-    return jax.tree.map(bits, state)
-
-
 def checksums(state: Any) -> dict[str, int]:
-    """{path: checksum} of every array. Sums of bits are independent of how an array is sharded."""
-    return {name: int(np.asarray(value)) for name, value in tree.paths(_sums(state)).items()}
+    """{path: 32 bits that depend on every bit of that array and on its place}, however it is sharded.
+
+    Arrays of any dtype of at most 32 bits, typed random keys included.
+    """
+    return _integers(_hashes(state))
+
+
+def sums_of_bits(state: Any) -> dict[str, int]:
+    """The checksums of checkpoints written before `checksums` knew places: they miss swapped blocks."""
+    add = lambda leaf: jnp.sum(_bits(leaf), dtype=jnp.uint32)  # noqa: E731
+    return _integers(jax.jit(lambda state: jax.tree.map(add, state))(state))
+
+
+def _integers(of_leaves: Any) -> dict[str, int]:
+    return {name: int(np.asarray(value)) for name, value in tree.paths(of_leaves).items()}
+
+
+@jax.jit
+def _hashes(state: Any) -> Any:
+    """The sum modulo 2^32 of a hash of each entry and its indices: the same in any order."""
+
+    def one(leaf):
+        raw = _bits(leaf)
+        place = jnp.zeros((), jnp.uint32)
+        for axis in range(raw.ndim):
+            index = jax.lax.broadcasted_iota(jnp.uint32, raw.shape, axis)
+            place = place + index * jnp.uint32(_ODD[axis])
+        return jnp.sum(_mixed(raw ^ _mixed(place)), dtype=jnp.uint32)
+
+    return jax.tree.map(one, state)
+
+
+def _bits(leaf: jax.Array) -> jax.Array:
+    """An array's bits as uint32, one for each entry."""
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if leaf.dtype == jnp.bool:
+        return leaf.astype(jnp.uint32)
+    bits = jnp.iinfo(leaf.dtype).bits if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize
+    return jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{bits}")).astype(jnp.uint32)
+
+
+# Multipliers of the indices, odd and unrelated: bits of the golden ratio and of square roots of primes.
+_ODD = (0x9E3779B9, 0x6A09E667, 0xBB67AE85, 0x3C6EF373, 0xA54FF53B, 0x510E527F, 0x1F83D9AB)
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """A bijection of uint32 in which each bit of x changes half of the bits (MurmurHash3's last step)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 def _first_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ import pytest
 
 from llama_jax import config, files, sharding, tree
 from llama_jax.convert import native
-from llama_jax.train import checkpoint
+from llama_jax.train import checkpoint, program
 
 # The threads and the event loop of a failed Orbax call die one by one, each with a traceback.
 pytestmark = [
@@ -332,16 +332,72 @@ def test_checksums_do_not_depend_on_the_mesh_and_see_any_bit(layout):
     bits[3, 4] ^= 1 << 20
     changed = checkpoint.checksums({**one, "matrix": jnp.asarray(bits.view(np.float32))})
     assert {n for n, v in changed.items() if v != checkpoint.checksums(one)[n]} == {"matrix"}
-    expected = int(np.asarray(one["matrix"]).view(np.uint32).sum(dtype=np.uint32))
-    assert checkpoint.checksums(one)["matrix"] == expected
     assert set(checkpoint.checksums(one)) == set(tree.paths(one))
+
+
+def _murmur(x):
+    """MurmurHash3's finaliser for 32 bits, in Python's integers."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) % 2**32
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) % 2**32
+    return x ^ (x >> 16)
+
+
+def test_checksums_see_where_an_entry_stands():
+    """Blocks that changed places: rows, halves far apart, halves whose bfloat16 values end in zeros."""
+    a = np.random.default_rng(0).normal(size=(2**12, 2, 40)).astype(jnp.bfloat16).astype(np.float32)
+    swapped = {
+        "rows": a[[1, 0, *range(2, len(a))]],
+        "halves": np.roll(a, 2**11, 0),
+        "axes": a[:, ::-1],
+    }
+    sums = {name: checkpoint.checksums({"a": b})["a"] for name, b in {"same": a, **swapped}.items()}
+    assert len(set(sums.values())) == 4
+    assert len({checkpoint.sums_of_bits({"a": b})["a"] for b in (a, *swapped.values())}) == 1
+    small = np.float32([[1.5, -2.0, 3.0], [0.1, 0.2, -0.0]])
+    expected = sum(
+        _murmur(
+            int(small.view(np.uint32)[i, j]) ^ _murmur((i * 0x9E3779B9 + j * 0x6A09E667) % 2**32)
+        )
+        for i in range(2)
+        for j in range(3)
+    )
+    assert checkpoint.checksums({"a": small})["a"] == expected % 2**32
+
+
+def test_checksums_are_of_any_dtype():
+    """Typed random keys, flags, integers of 4 bits: each entry counts."""
+    key = lambda seed: jax.random.split(jax.random.key(seed), 3)
+    four = jnp.arange(-8, 8).astype(jnp.int4)
+    pairs = {
+        "key": (key(0), key(1)),
+        "bool": (np.array([True, False]), np.array([False, True])),
+        "int4": (four, four.at[3].set(0)),
+        "int8": (np.int8([1, -1]), np.int8([-1, 1])),
+        "bfloat16": (jnp.bfloat16([1, 2]), jnp.bfloat16([2, 1])),
+    }
+    for name, (one, other) in pairs.items():
+        assert checkpoint.checksums({name: one}) != checkpoint.checksums({name: other}), name
+
+
+def test_a_checkpoint_of_2026_comes_back_bitwise(shared, tmp_path, layout):
+    """A run of commit d2b14d9, whose checksums were sums of bits: those of its arrays, taken by NumPy."""
+    shutil.copytree(shared("checkpoints/run_6_steps"), tmp_path / "run")
+    run = config.from_dict(json.loads((tmp_path / "run/run.json").read_text()))
+    kept = checkpoint.Checkpoints(tmp_path / "run", run.checkpoint)
+    restored = kept.latest(program.build(run, layout).state)
+    assert int(restored.state.step) == 3
+    wanted = restored.record["checksums"]
+    arrays = tree.paths(restored.state)
+    assert set(arrays) == set(wanted)
+    for name, leaf in arrays.items():
+        assert int(np.asarray(leaf).view(np.uint32).sum(dtype=np.uint32)) == wanted[name], name
 
 
 def test_the_record_is_plain_json_on_disk(tmp_path, layout):
     kept = saved(tmp_path, layout, 3)
     record = json.loads((kept.folder / "3" / "record" / "metadata").read_text())
     assert record["next_step"] == 3
-    assert kept.record(3)["checksums"] == checkpoint.checksums(state(layout, 3))
+    assert kept.record(3)["hashes"] == checkpoint.checksums(state(layout, 3))
 
 
 def test_layers_are_stored_one_by_one(tmp_path):
