@@ -1,5 +1,6 @@
 """Trees by path: names, counts, and a readable difference of two trees."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +25,32 @@ def nest(leaves: dict[str, Any]) -> dict[str, Any]:
             node = node.setdefault(folder, {})
         node[last] = leaf
     return root
+
+
+def split(tree: dict[str, Any], pick: Callable[[str], bool]) -> tuple[dict, dict]:
+    """Nested dicts in two: the leaves whose path is picked, and the others; neither has empty dicts.
+
+    What is no dict is a leaf, quantised matrices included.
+    """
+    leaves = flat(tree)
+    picked = {path: leaf for path, leaf in leaves.items() if pick(path)}
+    return nest(picked), nest({path: leaf for path, leaf in leaves.items() if path not in picked})
+
+
+def flat(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """`paths` of nested dicts, where what is no dict is a leaf."""
+    found = {}
+    for name, node in tree.items():
+        path = f"{before}{name}"
+        found |= flat(node, f"{path}/") if isinstance(node, dict) else {path: node}
+    return found
+
+
+def join(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `split`. No leaf may be in both."""
+    left, right = flat(one), flat(other)
+    assert not left.keys() & right.keys(), f"{left.keys() & right.keys()} are in both trees"
+    return nest(left | right)
 
 
 def count(tree: Any) -> int:
