@@ -163,8 +163,7 @@ def test_aux_are_in_the_rows_of_the_metrics_file(layout, tmp_path):
             assert row[name] == pytest.approx(mean, rel=1e-4), (row["step"], name)
 
 
-# A low-rank update of the output matrix (LoRA, arXiv:2106.09685 section 4.1). The rank takes a letter that is on no
-# mesh axis.
+# A low-rank update of the output matrix (LoRA, arXiv:2106.09685 section 4.1).
 RANK, ROWS, T = 2, 8, 6
 
 
@@ -173,15 +172,15 @@ def low_rank(run: config.Run, module) -> Objective:
 
     def sums(trained, frozen, batch):
         hidden = module.apply({"params": frozen}, batch.tokens_BT, batch.positions_BT)
-        w_DV = hidden.w_DV + trained["a_DH"] @ trained["b_HV"]
+        w_DV = hidden.w_DV + trained["a_DE"] @ trained["b_EV"]
         total, _ = loss.cross_entropy(
             Hidden(hidden.x_BTD, w_DV), batch.targets_BT, batch.weights_BT, layout
         )
         return Sums(total, jnp.sum(batch.weights_BT), {})
 
     def init(key):
-        a_DH = jax.random.normal(key, (run.model.dim, RANK)) / RANK
-        return {"a_DH": a_DH, "b_HV": jnp.zeros((RANK, run.model.vocab_size))}
+        a_DE = jax.random.normal(key, (run.model.dim, RANK)) / RANK
+        return {"a_DE": a_DE, "b_EV": jnp.zeros((RANK, run.model.vocab_size))}
 
     frozen = jax.tree.map(
         lambda leaf, letters: jax.ShapeDtypeStruct(
@@ -192,7 +191,7 @@ def low_rank(run: config.Run, module) -> Objective:
     )
     pretraining = loss.pretraining(run, module)
     return pretraining._replace(
-        sums=sums, init=init, letters={"a_DH": "DH", "b_HV": "HV"}, frozen=frozen
+        sums=sums, init=init, letters={"a_DE": "DE", "b_EV": "EV"}, frozen=frozen
     )
 
 
@@ -241,7 +240,7 @@ def test_optimiser_state_and_donation_are_of_trained_parameters_alone(model):
     V, dim = model.vocab_size, model.dim
     shapes = [leaf.shape for leaf in jax.tree.leaves(built.state.opt_state) if leaf.ndim]
     assert sorted(shapes) == sorted(2 * [(dim, RANK), (RANK, V)]), "Adam's two moments of each"
-    assert {**built.state.params}.keys() == {"a_DH", "b_HV"}
+    assert {**built.state.params}.keys() == {"a_DE", "b_EV"}
     compiled = built.step.lower(built.state, built.frozen, built.batch).compile()
     own = sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
