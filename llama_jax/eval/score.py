@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.model import transformer
-from llama_jax.model.transformer import Hidden, Transformer
+from llama_jax.model import logprobs, transformer
+from llama_jax.model.transformer import Transformer
 
 LOGITS_BYTES = 1 << 28  # of float32 logits at a time, about
 
@@ -24,18 +24,8 @@ def token_nll(module: Transformer, params: Any, tokens_BU: jax.Array) -> jax.Arr
     B, T = inputs_BT.shape
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     hidden = transformer.portable(module).apply({"params": params}, inputs_BT, positions_BT)
-    wanted = 4 * B * T * hidden.w_DV.shape[1] / LOGITS_BYTES
-    parts = next(n for n in range(1, T + 1) if T % n == 0 and n >= min(wanted, T))
-
-    def part(inputs):
-        x_BXD, targets_BX = inputs
-        logits_BXV = transformer.logits(Hidden(x_BXD, hidden.w_DV))
-        chosen_BX1 = jnp.take_along_axis(logits_BXV, targets_BX[..., None], axis=-1)
-        return jax.nn.logsumexp(logits_BXV, axis=-1) - chosen_BX1[..., 0]
-
-    cut = lambda x: jnp.moveaxis(x.reshape(B, parts, T // parts, *x.shape[2:]), 1, 0)  # noqa: E731
-    nll = jax.lax.map(part, (cut(hidden.x_BTD), cut(targets_BT)))
-    nll_BT = jnp.moveaxis(nll, 0, 1).reshape(B, T)
+    chunks = logprobs.chunks_within(hidden, LOGITS_BYTES)
+    nll_BT = -logprobs.token_logprobs(hidden, targets_BT, module.layout, chunks=chunks)
     return jax.lax.with_sharding_constraint(nll_BT, module.layout.replicated)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from llama_jax import config
 from llama_jax.data import iterator
 from llama_jax.data.batch import Batch
-from llama_jax.model import transformer
+from llama_jax.model import logprobs, transformer
 from llama_jax.model.transformer import Hidden, Transformer, logits
 from llama_jax.sharding import Layout
 from llama_jax.train.objective import Objective, Sums
@@ -62,6 +62,8 @@ def cross_entropy(
     of PaLM (arXiv:2204.02311 section 5). T is cut into `chunks`, so that float32 logits of T / chunks
     positions exist at a time; under `grad` they are computed once, with their gradient, in the forward
     pass. Only the first sum is differentiated, the second is for the record.
+
+    The fused form of `logprobs.token_logprobs`, for losses that need no number of each token.
     """
     (total, nll), _ = _over_chunks(
         hidden, targets_BT, weights_BT, layout, chunks, z_loss, with_grad=False
@@ -91,7 +93,7 @@ def _over_chunks(hidden, targets_BT, weights_BT, layout, chunks, z_loss, with_gr
             return None, (sums, None)
         return w_grad_DV + gradient.w_DV, (sums, gradient.x_BTD)
 
-    inputs = [_split(array, chunks) for array in (hidden.x_BTD, targets_BT, weights_BT)]
+    inputs = [logprobs.split(array, chunks) for array in (hidden.x_BTD, targets_BT, weights_BT)]
     w_grad_DV = None
     if with_grad:
         w_grad_DV = layout.rest(jnp.zeros(hidden.w_DV.shape, jnp.float32), "DV")
@@ -99,8 +101,8 @@ def _over_chunks(hidden, targets_BT, weights_BT, layout, chunks, z_loss, with_gr
     sums = jax.tree.map(jnp.sum, sums)
     if not with_grad:
         return sums, None
-    x_grad_BTD = jnp.moveaxis(x_grad, 0, 2).reshape(hidden.x_BTD.shape)
-    return sums, Hidden(layout.act(x_grad_BTD, "BTD"), w_grad_DV.astype(hidden.w_DV.dtype))
+    x_grad_BTD = layout.act(logprobs.join(x_grad), "BTD")
+    return sums, Hidden(x_grad_BTD, w_grad_DV.astype(hidden.w_DV.dtype))
 
 
 def _chunk(hidden, targets_BT, weights_BT, layout, z_loss, with_grad):
@@ -117,17 +119,5 @@ def _chunk(hidden, targets_BT, weights_BT, layout, z_loss, with_grad):
         p_BTV = jnp.exp(logits_BTV - log_z_BT[..., None])
         slope_BT1 = (weights_BT * (1 + 2 * z_loss * log_z_BT))[..., None]
         grad_BTV = p_BTV * slope_BT1 - jnp.where(is_target_BTV, weights_BT[..., None], 0)
-        grad_BTV = grad_BTV.astype(hidden.x_BTD.dtype)
-        x_grad_BTD = layout.act(jnp.einsum("BTV,DV->BTD", grad_BTV, hidden.w_DV), "BTD")
-        # Reduced over the devices in the compute dtype, as every gradient; summed over chunks in float32.
-        w_grad_DV = layout.rest(jnp.einsum("BTD,BTV->DV", hidden.x_BTD, grad_BTV), "DV")
-        return (total, nll), Hidden(x_grad_BTD, w_grad_DV)
-
-
-def _split(array, chunks):
-    """[B, T, ...] -> [chunks, B, T / chunks, ...], position t to chunk t mod chunks.
-
-    So rows and positions stay on their devices.
-    """
-    B, T = array.shape[:2]
-    return jnp.moveaxis(array.reshape(B, T // chunks, chunks, *array.shape[2:]), 2, 0)
+        # Summed over chunks in float32.
+        return (total, nll), logprobs.hidden_gradient(hidden, grad_BTV, layout)
