@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
@@ -87,10 +88,11 @@ def description(
     }  # fmt: skip
 
 
-def load(folder: Path, module: Transformer) -> Any:
-    """The parameters, float32 or quantised, in the shardings of `module.layout`.
+def load(folder: Path, module: Transformer, dtype: str = "float32") -> Any:
+    """The parameters in `dtype`, or quantised, in the shardings of `module.layout`.
 
-    A host reads what its devices hold.
+    A host reads what its devices hold, and casts it while it reads: bfloat16 never takes more than 2 bytes a
+    parameter. Quantised matrices stay as they are stored.
     """
     arrays = _arrays(folder)
     said = quantised(folder)
@@ -112,7 +114,7 @@ def load(folder: Path, module: Transformer) -> Any:
             check_blocks(module.layout, letters[name], blocks, f"{folder}: {name}")
             wanted[name] = one(values, leaf.shape), one(scale, blocks)
         else:
-            wanted[name] = (one(name, leaf.shape, leaf.dtype),)
+            wanted[name] = (one(name, leaf.shape, jnp.dtype(dtype)),)
 
     def read(name: str, shape: tuple[int, ...], dtype, letters: str):
         letters = spread(letters, shape)

@@ -101,6 +101,19 @@ def test_bfloat16_weights_are_restored_as_float32(meta, tmp_path, layout):
     np.testing.assert_array_equal(params["embed"], whole.astype(np.float32))
 
 
+@pytest.mark.parametrize("stored", ["float32", "float16"])
+def test_weights_are_read_in_the_dtype_they_are_computed_in(tmp_path, layout, stored):
+    """The bits of reading float32 and casting then, and never a float32 array: half the memory."""
+    small.convert(
+        small.hf(tmp_path / "hf", small.state(dtype=np.dtype(stored))), tmp_path / "to", "native"
+    )
+    module = transformer.build(MODEL, layout)
+    wanted = jax.tree.map(lambda w: w.astype("bfloat16"), native.load(tmp_path / "to", module))
+    found = native.load(tmp_path / "to", module, "bfloat16")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {"bfloat16"}
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
 def test_tensors_of_zeros_are_restored(tmp_path, layout):
     """As block expansion makes them (LLaMA Pro, arXiv:2401.02415 section 3.2): new layers that add nothing."""
     tensors = small.state()
