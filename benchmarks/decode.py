@@ -58,12 +58,13 @@ def ours(batch: int, weights: str):
     module, params = network()
     from llama_jax.decode.engine import Engine
     from llama_jax.decode.generate import Decoder, Request
+    from llama_jax.model import transformer
     from llama_jax.quant.network import quantise
 
     if weights != "float32":
         params = quantise(module, params, QUANT[weights])
-    engine = Engine(module, params, config.Decode())
-    decoder = Decoder(engine, _Letters(), (), batch, PROMPT + NEW)
+    params = transformer.unstack(module, params)
+    decoder = Decoder(Engine(module, config.Decode()), _Letters(), (), batch, PROMPT + NEW)
 
     turn = 0
 
@@ -74,7 +75,7 @@ def ours(batch: int, weights: str):
         start, heard = time.perf_counter(), []
         asked = [Request([turn, *tokens[1:]], new) for tokens in prompts(batch)]
         listen = lambda number, _: heard.append(time.perf_counter() - start) if not number else None  # noqa: E731
-        done = list(decoder.run(asked, listen))
+        done = list(decoder.run(params, asked, listen))
         assert sum(len(result.tokens) for _, result in done) == batch * new
         return [heard[0], time.perf_counter() - start]
 

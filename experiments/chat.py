@@ -130,7 +130,7 @@ class Chat:
         self.grow(len(tokens) + decode.max_new_tokens)
         with loop.Interrupt() as interrupt:
             listen = lambda _, text: say(text)  # noqa: E731
-            ((_, result),) = self.decoder.run([request], listen, interrupt.due)
+            ((_, result),) = self.decoder.run(self.loaded.params, [request], listen, interrupt.due)
         say("\n")
         message = self.form.answer(result.text, result.tokens, result.last)
         self.messages.append(message)

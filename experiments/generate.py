@@ -143,7 +143,7 @@ def once(loaded: Loaded, prompt: str) -> int:
         say(head)
     with loop.Interrupt() as interrupt:
         listen = lambda _, text: say(text) if alone else None  # noqa: E731
-        for number, result in decoder.run(requests, listen, interrupt.due):
+        for number, result in decoder.run(loaded.params, requests, listen, interrupt.due):
             say("\n" if alone else f"[{number + 1}] {head}{result.text}\n")
             if not decode.temperature and repeats(result.tokens):
                 print(

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -16,6 +16,7 @@ from llama_jax.convert import carried, formats, native
 from llama_jax.decode.engine import Engine
 from llama_jax.decode.speculative import Speculative
 from llama_jax.model import transformer
+from llama_jax.model.transformer import Transformer
 from llama_jax.tokenizer import forms
 from llama_jax.tokenizer.base import Tokenizer
 
@@ -24,6 +25,7 @@ class Loaded(NamedTuple):
     """A network that can go on with texts."""
 
     engine: Engine | Speculative
+    params: Any  # as the engine takes them
     tokenizer: Tokenizer
     context: int  # positions it was trained for
     ends: frozenset[int]  # tokens that end a text
@@ -39,9 +41,21 @@ def load(folder: Path, decode: config.Decode, mesh: config.Mesh) -> Loaded:
     if decode.compute_dtype != "stored":
         model = dataclasses.replace(model, compute_dtype=decode.compute_dtype)
     module = transformer.build(model, sharding.make(mesh, jax.devices()))
-    engine = Engine(module, native.load(folder, module), decode)
-    ends = end_tokens(folder, tokenizer, decode.stop_tokens)
-    return Loaded(engine, tokenizer, context, ends, folder, identity(folder, model, tokenizer))
+    engine, params = Engine(module, decode), decode_params(folder, module)
+    ends, known = (
+        end_tokens(folder, tokenizer, decode.stop_tokens),
+        identity(folder, model, tokenizer),
+    )
+    return Loaded(engine, params, tokenizer, context, ends, folder, known)
+
+
+def decode_params(folder: Path, module: Transformer) -> Any:
+    """The parameters of a folder as an Engine takes them, read in the compute dtype.
+
+    At most they and one stacked array are in memory: float32 copies would be twice as much.
+    """
+    params = native.load(folder, module, module.config.compute_dtype)
+    return transformer.unstack_and_delete(module, params)
 
 
 def end_tokens(folder: Path, tokenizer: Tokenizer, named: Sequence[str]) -> frozenset[int]:
@@ -95,8 +109,12 @@ def with_draft(target: Loaded, draft: Loaded, proposals: int) -> Loaded:
             f"--draft={draft.folder} has another tokenizer than {target.folder}: its proposals mean nothing"
         )
     engine = Speculative(target.engine, draft.engine, proposals)
-    context = min(target.context, draft.context)
-    return target._replace(engine=engine, context=context, draft=f"{draft.identity} {proposals}")
+    return target._replace(
+        engine=engine,
+        params=(target.params, draft.params),
+        context=min(target.context, draft.context),
+        draft=f"{draft.identity} {proposals}",
+    )
 
 
 def prompt_tokens(tokenizer: Tokenizer, text: str) -> list[int]:

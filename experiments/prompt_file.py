@@ -48,7 +48,7 @@ def run(loaded, source: Path, target: Path, date: datetime.date | None = None) -
     )  # fmt: skip
     with loop.Interrupt() as interrupt, partial, bar:
         asked = [requests[i] for i in waiting]
-        for number, result in decoder.run(asked, stopped=interrupt.due):
+        for number, result in decoder.run(loaded.params, asked, stopped=interrupt.due):
             if result.end != "interrupted":
                 partial.add(waiting[number], result)
                 bar.update()
@@ -191,7 +191,7 @@ class Partial:
     def add(self, number: int, result) -> None:
         made = {
             "text": result.text, "end": result.end, "tokens": result.tokens,
-            "logprobs": [round(value, 6) for value in result.logprobs],
+            "logprobs": [round(value, 6) for value in result.logprobs[: len(result.tokens)]],
         }  # fmt: skip
         self.done[number] = made
         self._file.write(json.dumps([number, made]) + "\n")

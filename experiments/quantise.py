@@ -186,12 +186,11 @@ def own(folder: Path, module: Transformer, tokenizer: Tokenizer, rows: int, leng
         if not streams:
             return made
         decode = config.Decode(temperature=1.0, rows=32)
-        decoder = Decoder(
-            Engine(module, native.load(folder, module), decode), tokenizer, (), decode.rows, length
-        )
+        decoder = Decoder(Engine(module, decode), tokenizer, (), decode.rows, length)
+        params = loading.decode_params(folder, module)
         requests = [Request([tokenizer.bos], length - 1, stream=(i, 0)) for i in streams]
         with tqdm(total=len(requests), desc="its own texts", unit="row") as bar:
-            for number, result in decoder.run(requests):
+            for number, result in decoder.run(params, requests):
                 made[number] = [tokenizer.bos, *result.tokens]
                 bar.update()
         return made

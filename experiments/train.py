@@ -22,6 +22,7 @@ from llama_jax.data import iterator
 from llama_jax.data.batch import Batch
 from llama_jax.decode.engine import Engine
 from llama_jax.decode.generate import Decoder, Request
+from llama_jax.model import transformer
 from llama_jax.train import checkpoint, loop, metrics
 
 flags.adopt_module_key_flags(hosts)
@@ -152,9 +153,10 @@ def sampled(run, module, params, prepared) -> tuple[str, str]:
     prompt = first[0, : min(SAMPLE_PROMPT, run.data.seq_len // 2)].tolist()
     most = run.model.max_positions or SAMPLE_PROMPT + SAMPLE_TOKENS
     new = min(SAMPLE_TOKENS, most - len(prompt))
-    engine = Engine(module, params, config.Decode(temperature=SAMPLE_TEMPERATURE))
+    engine = Engine(module, config.Decode(temperature=SAMPLE_TEMPERATURE))
     decoder = Decoder(engine, prepared.tokenizer, (), 1, len(prompt) + new)
-    ((_, result),) = decoder.run([Request(prompt, new)])
+    params = transformer.unstack_and_delete(module, params)
+    ((_, result),) = decoder.run(params, [Request(prompt, new)])
     return prepared.tokenizer.decode(prompt), result.text
 
 

@@ -5,6 +5,7 @@ depends on its own tokens and key alone.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 
 from llama_jax import config
 from llama_jax.decode import sample
-from llama_jax.model import cache, transformer
+from llama_jax.model import cache, logprobs, transformer
 from llama_jax.model.transformer import Transformer
 
 CHUNKS = (16, 64, 256, 512)  # tokens of a prompt at a time
@@ -37,31 +38,24 @@ class Said(NamedTuple):
 
     tokens_BX: jax.Array
     logprobs_BX: jax.Array  # of the network's own distribution, before temperature and filters
+    tempered_BX: (
+        jax.Array
+    )  # of softmax(logits / temperature), before penalty and filters; 0 at temperature 0
     count_B: jax.Array
 
 
 class Engine:
-    """A network, its parameters ready for decoding, and how to choose tokens."""
+    """The programs of a network and how to sample from it.
 
-    def __init__(self, module: Transformer, params: Any, decode: config.Decode):
-        """`params` as `transformer.init` or `native.load` give them; they are given up."""
+    It borrows parameters: every call is given them as `transformer.unstack` makes them, and keeps none. Other
+    parameters or another seed compile nothing. Keys and values in `Rows` are of the parameters that computed
+    them: with others begin every row anew (generate.py does).
+    """
+
+    def __init__(self, module: Transformer, decode: config.Decode):
+        """`module`: as `transformer.build` makes it."""
         self.module = transformer.unstacked(module)
-        self.decode = decode
-        self.version = 0
-        self.load(params)
-
-    def load(self, params: Any) -> None:
-        """Take other parameters, in the form that the first ones had; they are given up.
-
-        Keys and values of the ones before are void: `version` tells a Decoder.
-        """
-        self._params = transformer.unstack(self.module, params)
-        self.version += 1
-
-    @property
-    def params(self) -> Any:
-        """A layer group at a time, in the compute dtype. `load` replaces them."""
-        return self._params
+        self.decode, self._sampling = decode, sample.settings(decode)
 
     @property
     def window(self) -> int:
@@ -86,32 +80,40 @@ class Engine:
 
     def begin(
         self,
+        params: Any,
         rows: Rows,
         row: int,
-        tokens: list[int],
+        tokens: Sequence[int],
         key: jax.Array,
         start: int = 0,
-        pause: int = 0,
+        cuts: Sequence[int] = (),
     ) -> tuple[Rows, Said]:
-        """A row begins with the prompt `tokens` and says one more.
+        """A row begins with the prompt `tokens` and says one more. `rows` is given up.
 
-        `start` of them are in its cache already. No chunk goes across `pause`: what is kept up to there
-        has the same bits whatever follows.
+        `start` of them are in its cache already. No chunk goes across one of `cuts`, ascending: what is kept
+        up to there has the same bits whatever follows. ValueError if a prompt has more tokens than the cache
+        has slots, unless attention has a window.
         """
         said, seen_V = None, None
-        most = SCORES // cache.places_of(rows.cache)
+        slots = cache.places_of(rows.cache)
+        if len(tokens) > slots and not self.window:
+            raise ValueError(
+                f"row {row}: a prompt of {len(tokens)} tokens needs as many cache slots, but there are "
+                f"{slots}; make rows for a length of {len(tokens)} or more"
+            )
+        most = SCORES // slots
         chunks = [size for size in CHUNKS if size <= max(most, CHUNKS[0])]
         if rows.seen_BV is not None:
             seen_V = np.zeros(rows.seen_BV.shape[1], bool)
-            seen_V[tokens] = True
+            seen_V[list(tokens)] = True
         while start < len(tokens):
-            stop = pause if start < pause else len(tokens)
+            stop = next((cut for cut in cuts if cut > start), len(tokens))
             part = tokens[start : min(start + chunks[-1], stop)]
             size = next(n for n in chunks if n >= len(part))
             filled = np.zeros(size, np.int32)
             filled[: len(part)] = part
             rows, said = begin(
-                *(self.module, self.params, self.decode, rows),
+                *(self.module, params, self._sampling, rows),
                 *(filled, start, len(part), row, key, seen_V),
             )
             start += len(part)
@@ -125,9 +127,9 @@ class Engine:
         """The row `to` holds the text of the row `source`."""
         return rows._replace(cache=copy(rows.cache, source, to))
 
-    def advance(self, rows: Rows) -> tuple[Rows, Said]:
-        """More tokens of every row."""
-        return advance(self.module, self.params, self.decode, rows, STEPS)
+    def advance(self, params: Any, rows: Rows) -> tuple[Rows, Said]:
+        """More tokens of every row. `rows` is given up."""
+        return advance(self.module, params, self._sampling, rows, STEPS)
 
 
 def spread_rows(module: Transformer, number: int) -> int:
@@ -148,8 +150,8 @@ def places(model: config.Model, length: int) -> int:
     return -(-length // step) * step
 
 
-@functools.partial(jax.jit, static_argnames=("module", "decode"), donate_argnames=("rows",))
-def begin(module, params, decode, rows: Rows, tokens_T, start, length, row, key, seen_V):
+@functools.partial(jax.jit, static_argnames=("module", "sampling"), donate_argnames=("rows",))
+def begin(module, params, sampling, rows: Rows, tokens_T, start, length, row, key, seen_V):
     """The tokens `start` to `start + length` of a row's prompt, and what it says after them.
 
     seen_V: those of the whole prompt, for a repetition penalty.
@@ -168,31 +170,31 @@ def begin(module, params, decode, rows: Rows, tokens_T, start, length, row, key,
     seen_1V = None if seen_V is None else seen_V[None]
     end_1 = jnp.full(1, start + length)
     one = Rows(changed[cache.CACHE], tokens_T[:1], end_1, key[None], seen_1V)
-    one, logprob_1 = _said(decode, logits_1V, one)
+    one, *likely = _said(sampling, logits_1V, one)
     rows = placed(module, jax.tree.map(lambda held, new: held.at[row].set(new[0]), rows, one))
-    said = Said(one.token_B[:, None], logprob_1[:, None], jnp.ones(1, jnp.int32))
+    said = Said(*(x_1[:, None] for x_1 in (one.token_B, *likely)), jnp.ones(1, jnp.int32))
     return rows, everywhere(module, said)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("module", "decode", "steps"), donate_argnames=("rows",)
+    jax.jit, static_argnames=("module", "sampling", "steps"), donate_argnames=("rows",)
 )
-def advance(module, params, decode, rows: Rows, steps: int):
+def advance(module, params, sampling, rows: Rows, steps: int):
     """`steps` more tokens of every row."""
 
     def one(rows: Rows, _):
         logits_BV, rows = step(module, params, rows)
-        rows, logprob_B = _said(decode, logits_BV, rows)
-        return rows, (rows.token_B, logprob_B)
+        rows, *likely = _said(sampling, logits_BV, rows)
+        return rows, (rows.token_B, *likely)
 
     alone = len(rows.token_B) == 1
     if alone:
         rows = rows._replace(cache=cache.without_rows(rows.cache))
-    rows, (tokens_XB, logprobs_XB) = jax.lax.scan(one, rows, length=steps)
+    rows, said = jax.lax.scan(one, rows, length=steps)
     if alone:
         rows = rows._replace(cache=cache.with_rows(rows.cache))
     rows = placed(module, rows)
-    said = Said(tokens_XB.T, logprobs_XB.T, jnp.full(len(rows.token_B), steps))
+    said = Said(*(x_XB.T for x_XB in said), jnp.full(len(rows.token_B), steps))
     return rows, everywhere(module, said)
 
 
@@ -224,17 +226,24 @@ def step(module, params, rows: Rows) -> tuple[jax.Array, Rows]:
     return logits_BV, rows._replace(cache=changed[cache.CACHE], position_B=rows.position_B + real_B)
 
 
-def _said(decode, logits_BV, rows: Rows) -> tuple[Rows, jax.Array]:
-    """Rows with the tokens chosen for their positions, and how likely each was."""
+def _said(sampling, logits_BV, rows: Rows) -> tuple[Rows, jax.Array, jax.Array]:
+    """Rows with the tokens sampled for their positions; log-probabilities untempered and tempered [B]."""
     own_BV, seen_BV = logits_BV, rows.seen_BV
     if seen_BV is not None:
-        logits_BV = sample.penalised(logits_BV, seen_BV, decode.repetition_penalty)
-    token_B = sample.choose(logits_BV, keys_at(rows.key_B, rows.position_B), decode)
-    chosen_B = jnp.take_along_axis(own_BV, token_B[:, None], axis=-1)[:, 0]
+        logits_BV = sample.penalised(logits_BV, seen_BV, sampling.repetition_penalty)
+    token_B = sample.choose(logits_BV, keys_at(rows.key_B, rows.position_B), sampling)
     if seen_BV is not None:
         seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
-    logprob_B = chosen_B - jax.nn.logsumexp(own_BV, axis=-1)
-    return rows._replace(token_B=token_B, seen_BV=seen_BV), logprob_B
+    rows = rows._replace(token_B=token_B, seen_BV=seen_BV)
+    return rows, *logprobs_of(own_BV, token_B, sampling)
+
+
+def logprobs_of(logits_BV, token_B, sampling) -> tuple[jax.Array, jax.Array]:
+    """Of sampled tokens: untempered, and at the sampling temperature. Any dimensions before V."""
+    own_B = logprobs.of_logits(logits_BV, token_B)
+    if sampling.temperature in (0, 1):
+        return own_B, own_B if sampling.temperature else jnp.zeros_like(own_B)
+    return own_B, logprobs.of_logits(logits_BV, token_B, sampling.temperature)
 
 
 def keys_at(keys, positions):

@@ -1,22 +1,25 @@
-"""Continue texts: a few rows at a time, each row taken over by the next text when its own has ended."""
+"""Continue sequences in a few batch slots, each taken over by the next request when its own has ended."""
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from llama_jax import config
-from llama_jax.decode.engine import Engine
+from llama_jax.decode import prefix
+from llama_jax.decode.engine import Engine, Said
+from llama_jax.decode.speculative import Speculative
 from llama_jax.decode.text import Text
 from llama_jax.tokenizer.base import Tokenizer
 
-WORTH = 16  # tokens that are worth keeping: as many as the smallest chunk takes
+WORTH = 16  # tokens that are worth a chunk of their own: as many as the smallest chunk takes
 
 
 class Request(NamedTuple):
-    """A prompt as tokens. Its draws depend on `seed` and `stream` alone."""
+    """A prompt as tokens. What is sampled depends on `seed` and `stream` alone."""
 
     tokens: list[int]
     max_new_tokens: int
@@ -25,96 +28,129 @@ class Request(NamedTuple):
 
 
 class Result(NamedTuple):
-    tokens: list[int]  # new ones, without one that ends the text
-    logprobs: list[float]  # of each, as the network has it
+    """A continuation. What was sampled is `tokens + last`; both lists of log-probabilities are as long."""
+
+    tokens: list[int]  # new ones, without one that ends the sequence
+    logprobs: list[float]  # nats, of the network's own distribution: softmax(logits)
+    tempered: list[float]  # nats, of softmax(logits / temperature); 0 at temperature 0
     text: str
     end: str  # "stop", "length" or "interrupted"
-    last: list[int]  # the token that ended the text, if one did
+    last: list[int]  # the end token, if one ended the sequence
 
 
 class _Row:
-    """A text that is on."""
+    """A sequence that is being continued."""
 
     def __init__(self, number: int, text: Text):
-        self.number, self.text, self.logprobs = number, text, []
+        self.number, self.text = number, text
+        self.logprobs: list[float] = []
+        self.tempered: list[float] = []
 
-    def feed(self, tokens, logprobs, listen) -> None:
-        for token, logprob in zip(tokens, logprobs, strict=True):
+    def feed(self, tokens, logprobs, tempered, listen) -> None:
+        for token, *likely in zip(tokens, logprobs, tempered, strict=True):
             if shown := self.text.feed(int(token)):
                 listen(self.number, shown)
-            if len(self.text.tokens) > len(self.logprobs):
-                self.logprobs.append(float(logprob))
+            self.logprobs.append(float(likely[0]))
+            self.tempered.append(float(likely[1]))
             if self.text.end:
                 return
 
     def result(self) -> tuple[int, Result]:
         text = self.text
-        return self.number, Result(text.tokens, self.logprobs, text.text, text.end, text.last)
+        likely = self.logprobs, self.tempered
+        return self.number, Result(text.tokens, *likely, text.text, text.end, text.last)
 
 
 class Decoder:
-    """Rows of an engine (engine.py, or speculative.py) that texts go through, as many as there are.
+    """Batch slots of an engine that requests go through, as many as there are.
 
-    What requests have in common at their beginning goes through the network once, and so does what a
-    single request has in common with the text before.
+    A prefix that prompts share goes through the network once (`prefix.cuts`): samples of one prompt, few-shot
+    examples before each question, a conversation and what was said since. What is reused was computed by the
+    parameters of this call: arrays other than those of the call before, told apart by identity, begin with
+    empty caches.
+
+    Prompts are read one at a time: products over several of them round otherwise, and a continuation would
+    depend on what is read beside it. As it is, the bits of a result depend on the requests of its run, not
+    on their order or on the rows they fall into; on what earlier runs left in the caches (`forget` drops
+    it); and, by rounding, on the number of rows, the length and the mesh.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | Speculative,
         tokenizer: Tokenizer,
         end_tokens: Collection[int],
         rows: int,
         length: int,
     ):
-        """For texts of at most `length` tokens, prompts and all."""
+        """For sequences of at most `length` tokens, prompt and continuation."""
         self.engine, self.tokenizer, self.end_tokens = engine, tokenizer, end_tokens
         self.length = length
         self.rows = engine.rows(rows, length)
-        self.held: list[Sequence[int]] = [()] * rows  # the text that is in each row's cache
-        self._version = engine.version  # of the parameters that computed the caches
+        self.held: list[Sequence[int]] = [()] * rows  # the sequence in each row's cache
+        self._owner: list[weakref.ref] = []  # the parameters that computed the caches
 
     def run(
         self,
+        params: Any,
         requests: Sequence[Request],
         listen: Callable[[int, str], None] = lambda number, text: None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[int, Result]]:
         """Each request's number and result, as they end.
 
-        listen(number, text): more of a text is there. stopped(), asked once a round: whether to end all texts
-        as they are. ValueError, before anything runs, on a request that the decoder has no room for.
+        params: as the engine takes them, `transformer.unstack(module, params)`; they are borrowed, and not
+        kept. listen(number, text): more of a text is there. stopped(), asked once a round: whether to end all
+        texts as they are. ValueError, before anything runs, on a request that the decoder has no room for.
         """
         for number, request in enumerate(requests):
             self._check(number, request)
-        if self._version != self.engine.version:
-            self.held, self._version = [()] * len(self.held), self.engine.version
+        self._follow(params)
         active: set[int] = set()  # rows that advance: they go on until they are ended
         try:
-            yield from self._run(requests, listen, stopped, active)
+            yield from self._run(params, requests, listen, stopped, active)
         finally:  # also after an exception, and when nobody asks for the rest
             self._end(active)
 
-    def _run(self, requests, listen, stopped, active: set[int]) -> Iterator[tuple[int, Result]]:
-        if not requests:
-            return
-        waiting = deque(enumerate(requests))
-        shared = self._shared(requests)
+    def forget(self) -> None:
+        """Begin with empty caches, as after other parameters."""
+        self.held = [()] * len(self.held)
+
+    def _follow(self, params: Any) -> None:
+        leaves = jax.tree.leaves(params)
+        before = [owner() for owner in self._owner]
+        if len(leaves) != len(before) or any(
+            a is not b for a, b in zip(leaves, before, strict=True)
+        ):
+            self.forget()
+            self._owner = [weakref.ref(leaf) for leaf in leaves]
+
+    def _run(self, params, requests, listen, stopped, active) -> Iterator[tuple[int, Result]]:
+        waiting = deque(zip(range(len(requests)), requests, self._cuts(requests), strict=True))
+        # Of `held` what was read as a prompt, or left by an earlier run.
+        read = [np.asarray(tokens, np.int64) for tokens in self.held]
         texts: list[_Row | None] = [None] * len(self.held)
         while waiting or any(texts):
             stop = stopped()
+            begun = []
             for row in range(len(texts)):
                 if texts[row] is None and waiting and not stop:
-                    number, request = waiting.popleft()
+                    number, request, cuts = waiting.popleft()
                     active.add(row)
-                    texts[row] = self._begin(row, number, request, shared, listen)
+                    said = self._begin(params, row, request, cuts, read)
+                    texts[row] = one = _Row(number, self._text(request))
+                    begun.append((one, said))
+            for (
+                one,
+                said,
+            ) in begun:  # the next prompt was dispatched before this one's token is waited for
+                one.feed(*(np.asarray(x)[0] for x in said[:3]), listen)
             if not stop and all(one is None or not one.text.end for one in texts):
-                self.rows, said = self.engine.advance(self.rows)
-                tokens_BX, logprobs_BX, count_B = (np.asarray(x) for x in said)
+                self.rows, said = self.engine.advance(params, self.rows)
+                *parts, count_B = (np.asarray(x) for x in said)
                 for row, one in enumerate(texts):
                     if one is not None:
-                        n = count_B[row]
-                        one.feed(tokens_BX[row, :n], logprobs_BX[row, :n], listen)
+                        one.feed(*(x_BX[row, : count_B[row]] for x_BX in parts), listen)
             for row, one in enumerate(texts):
                 if one is None:
                     continue
@@ -132,16 +168,19 @@ class Decoder:
                 return
 
     def _check(self, number: int, request: Request) -> None:
-        new, total = request.max_new_tokens, len(request.tokens) + request.max_new_tokens
-        if not request.tokens or new < 1:
+        size, new = len(request.tokens), request.max_new_tokens
+        if not size or new < 1:
             raise ValueError(
-                f"requests[{number}] has {len(request.tokens)} tokens and max_new_tokens={new}; both "
-                "must be at least 1"
+                f"requests[{number}] has {size} tokens and max_new_tokens={new}; both must be at least 1"
             )
-        if total > self.length:
+        if size + new > self.length:
+            room = self.length - size
+            way = (
+                f"max_new_tokens={room}" if room > 0 else f"a prompt of {self.length - new} tokens"
+            )
             raise ValueError(
-                f"requests[{number}] has {len(request.tokens)} tokens and max_new_tokens={new}; together "
-                f"they must be at most {self.length}, for which this decoder was made"
+                f"requests[{number}] has {size} tokens and max_new_tokens={new}; together they must be at "
+                f"most {self.length}, the length that this decoder was made for; try {way}"
             )
         config.check_seed(request.seed, f"requests[{number}].seed")
 
@@ -149,42 +188,40 @@ class Decoder:
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.rows)):
             # A call that was interrupted had taken the arrays over.
             self.rows = self.engine.rows(len(self.held), self.length)
-            self.held = [()] * len(self.held)
+            self.forget()
             return
         for row in rows:
             self.rows = self.engine.end(self.rows, row)
 
-    def _shared(self, requests: Sequence[Request]) -> int:
-        """So many tokens at the beginning are the same in all."""
+    def _cuts(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Where the prompt of each is cut, so that another may go on from there."""
         if self.engine.window:  # the beginning may have given way
-            return 0
-        texts = [request.tokens for request in requests]
-        if len(texts) == 1:
-            texts.append(self.held[0])
-        same = min((_same(texts[0], text) for text in texts[1:]), default=0)
-        same = min(same, *(len(request.tokens) - 1 for request in requests))
-        return same if same >= WORTH else 0
+            return [[] for _ in requests]
+        # Of what is held the last token may be reused, too: nobody asks what comes after it.
+        held = [[*tokens, -1] for tokens in self.held if tokens]
+        prompts = [request.tokens for request in requests]
+        return prefix.cuts([*prompts, *held], WORTH)[: len(requests)]
 
-    def _begin(self, row, number, request, shared, listen) -> _Row:
-        tokens = request.tokens
-        holder = next(
-            (at for at in (row, *range(len(self.held))) if _same(self.held[at], tokens) >= shared),
-            None,
-        )
-        if shared and holder is not None and holder != row:
-            self.rows = self.engine.copy(self.rows, holder, row)
-        start = shared if holder is not None else 0
-        self.held[row] = ()  # until all of the prompt is there
+    def _begin(self, params, row: int, request: Request, cuts: list[int], read: list) -> Said:
+        """Read a prompt into a row, from the last of its cuts on that some row has in its cache."""
+        tokens, start = np.asarray(request.tokens), 0
+        if cuts:
+            equal = [prefix.common(other, tokens) for other in read]
+            starts = [max((cut for cut in cuts if cut <= size), default=0) for size in equal]
+            start, _, holder = max((starts[at], at == row, at) for at in range(len(read)))
+            if start and holder != row:
+                self.rows = self.engine.copy(self.rows, holder, row)
+        self.held[row], read[row] = (), tokens[:0]  # until all of the prompt is there
+        key = key_of(request)
         self.rows, said = self.engine.begin(
-            self.rows, row, tokens, key_of(request), start, pause=shared
+            params, self.rows, row, request.tokens, key, start, cuts
         )
-        self.held[row] = tokens
-        text = Text(
-            self.tokenizer, tokens, self.end_tokens, self.engine.decode.stop, request.max_new_tokens
-        )
-        one = _Row(number, text)
-        one.feed(*(np.asarray(x)[0] for x in said[:2]), listen)
-        return one
+        self.held[row], read[row] = request.tokens, tokens
+        return said
+
+    def _text(self, request: Request) -> Text:
+        stop = self.engine.decode.stop
+        return Text(self.tokenizer, request.tokens, self.end_tokens, stop, request.max_new_tokens)
 
 
 def key_of(request: Request) -> jax.Array:
@@ -192,9 +229,3 @@ def key_of(request: Request) -> jax.Array:
     for number in request.stream:
         key = jax.random.fold_in(key, number)
     return key
-
-
-def _same(a: Sequence[int], b: Sequence[int]) -> int:
-    """The number of tokens with which both begin."""
-    pairs = zip(a, b, strict=False)
-    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))

@@ -6,6 +6,12 @@ import jax.numpy as jnp
 from llama_jax import config
 
 NEVER = -jnp.inf
+_READ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def settings(decode: config.Decode) -> config.Decode:
+    """What sampling reads, the rest at its default: programs are compiled for other values of these alone."""
+    return config.Decode(**{name: getattr(decode, name) for name in _READ})
 
 
 def choose(logits_BV: jax.Array, keys_B: jax.Array, decode: config.Decode) -> jax.Array:

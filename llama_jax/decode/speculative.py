@@ -26,7 +26,7 @@ class Both(NamedTuple):
 
 
 class Speculative:
-    """As an Engine, of two networks with one vocabulary."""
+    """As an Engine, of two networks with one vocabulary. `params`: a pair, of the target and the draft."""
 
     def __init__(self, target: Engine, draft: Engine, proposals: int):
         """`proposals`: tokens that the draft is ahead. ValueError if the two cannot work together."""
@@ -42,18 +42,16 @@ class Speculative:
             )
         self.target, self.draft, self.proposals = target, draft, proposals
         self.decode, self.window = target.decode, max(target.window, draft.window)
-
-    @property
-    def version(self) -> tuple[int, int]:
-        return self.target.version, self.draft.version
+        self._sampling = sample.settings(target.decode)
 
     def rows(self, number: int, length: int) -> Both:
         length += self.proposals + 1  # what is proposed may go on after the end
         return Both(self.target.rows(number, length), self.draft.rows(number, length))
 
-    def begin(self, rows: Both, row: int, tokens, key, start: int = 0, pause: int = 0):
-        target, said = self.target.begin(rows.target, row, tokens, key, start, pause)
-        draft, _ = self.draft.begin(rows.draft, row, tokens, key, start, pause)
+    def begin(self, params, rows: Both, row: int, tokens, key, start: int = 0, cuts=()):
+        of_target, of_draft = params
+        target, said = self.target.begin(of_target, rows.target, row, tokens, key, start, cuts)
+        draft, _ = self.draft.begin(of_draft, rows.draft, row, tokens, key, start, cuts)
         token_B = draft.token_B.at[row].set(said.tokens_BX[0, 0])
         return Both(target, draft._replace(token_B=token_B)), said
 
@@ -65,20 +63,19 @@ class Speculative:
             self.target.copy(rows.target, source, to), self.draft.copy(rows.draft, source, to)
         )
 
-    def advance(self, rows: Both) -> tuple[Both, Said]:
-        """1 to `proposals` + 1 more tokens of every row."""
+    def advance(self, params, rows: Both) -> tuple[Both, Said]:
+        """1 to `proposals` + 1 more tokens of every row. `rows` is given up."""
         networks = (self.target.module, self.draft.module)
-        params = (self.target.params, self.draft.params)
-        return advance(networks, params, self.decode, rows, self.proposals)
+        return advance(networks, params, self._sampling, rows, self.proposals)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("networks", "decode", "proposals"), donate_argnames=("rows",)
+    jax.jit, static_argnames=("networks", "sampling", "proposals"), donate_argnames=("rows",)
 )
-def advance(networks, params, decode, rows: Both, proposals: int):
+def advance(networks, params, sampling, rows: Both, proposals: int):
     (target, draft), (target_params, draft_params) = networks, params
     X = proposals
-    draft_rows, proposed_BX, draft_BXV = _propose(draft, draft_params, decode, rows.draft, X)
+    draft_rows, proposed_BX, draft_BXV = _propose(draft, draft_params, sampling, rows.draft, X)
     start_B = rows.target.position_B
     real_B = (start_B >= 0).astype(jnp.int32)
     tokens_BY = jnp.concatenate([rows.target.token_B[:, None], proposed_BX], axis=1)  # Y = X + 1
@@ -90,8 +87,8 @@ def advance(networks, params, decode, rows: Both, proposals: int):
     )  # fmt: skip
     logits_BYV = transformer.logits(hidden)
     keys_BY = engines.keys_at(rows.target.key_B[:, None], positions_BY + 1)
-    if decode.temperature:
-        target_BYV = jax.nn.softmax(sample.narrowed(logits_BYV, decode), axis=-1)
+    if sampling.temperature:
+        target_BYV = jax.nn.softmax(sample.narrowed(logits_BYV, sampling), axis=-1)
         accepted_B, last_B = accept(proposed_BX, draft_BXV, target_BYV, keys_BY)
     else:
         likeliest_BY = jnp.argmax(logits_BYV, axis=-1)
@@ -100,26 +97,24 @@ def advance(networks, params, decode, rows: Both, proposals: int):
     last_B = last_B.astype(jnp.int32)
     own_BY = jnp.pad(proposed_BX, ((0, 0), (0, 1)))
     said_BY = jnp.where(jnp.arange(X + 1) == accepted_B[:, None], last_B[:, None], own_BY)
-    chosen_BY = jnp.take_along_axis(logits_BYV, said_BY[..., None], axis=-1)[..., 0]
-    logprobs_BY = chosen_BY - jax.nn.logsumexp(logits_BYV, axis=-1)
     position_B = jnp.where(real_B, start_B + accepted_B + 1, -1)
     after = dict(token_B=last_B, position_B=position_B)
     target_rows = rows.target._replace(cache=changed[cache.CACHE], **after)
-    said = Said(said_BY, logprobs_BY, accepted_B + 1)
+    said = Said(said_BY, *engines.logprobs_of(logits_BYV, said_BY, sampling), accepted_B + 1)
     draft_rows = engines.placed(draft, draft_rows._replace(**after))
     return Both(engines.placed(target, target_rows), draft_rows), engines.everywhere(target, said)
 
 
-def _propose(draft, params, decode, rows: Rows, proposals: int):
+def _propose(draft, params, sampling, rows: Rows, proposals: int):
     """Rows that have seen all proposals, those [B, X], and the distributions they were drawn from."""
 
     def one(rows: Rows, _):
         logits_BV, rows = engines.step(draft, params, rows)
         keys_B = engines.keys_at(rows.key_B, rows.position_B)
-        token_B = sample.choose(logits_BV, _purpose(keys_B, 0), decode)
+        token_B = sample.choose(logits_BV, _purpose(keys_B, 0), sampling)
         given_BV = ()
-        if decode.temperature:
-            given_BV = jax.nn.softmax(sample.narrowed(logits_BV, decode), axis=-1)
+        if sampling.temperature:
+            given_BV = jax.nn.softmax(sample.narrowed(logits_BV, sampling), axis=-1)
         return rows._replace(token_B=token_B), (token_B, given_BV)
 
     rows, (tokens_XB, given_XBV) = jax.lax.scan(one, rows, length=proposals)

@@ -19,7 +19,7 @@ from llama_jax.model.ffn import FFNS
 from llama_jax.model.init import INITS, initial, mup_ratio, param
 from llama_jax.model.norm import NORMS
 from llama_jax.model.position import POSITIONS, Where
-from llama_jax.model.quantised import Quantised, product
+from llama_jax.model.quantised import Quantised, product, spread
 from llama_jax.model.table import look_up
 from llama_jax.sharding import Layout
 
@@ -95,7 +95,7 @@ class Transformer(nn.Module):
 
     config: config.Model
     layout: Layout
-    stacked: bool = True  # the parameters of layers; see `unstack`
+    stacked: bool = True  # parameters of layers, along L; else as `unstack` gives them
 
     @nn.compact
     def __call__(self, tokens_BT, positions_BT, segments_BT=None, places: int = 0) -> Hidden:
@@ -185,23 +185,64 @@ def abstract(module: Transformer) -> Any:
 
 
 def unstacked(module: Transformer) -> Transformer:
-    """The same network, for parameters that `unstack` made: each layer finds its own without a copy."""
+    """The same network for parameters that `unstack` made: each layer reads its own without a copy."""
     return module.clone(stacked=False, layout=module.layout.decoding)
 
 
 def unstack(module: Transformer, params: Any) -> Any:
-    """Parameters a layer group at a time, in the compute dtype. The stacked ones are given up."""
-    dtype = module.config.compute_dtype
-    # What is whole numbers and their scales stays that.
-    cast = lambda leaf: leaf.astype(dtype) if leaf.dtype == jnp.float32 else leaf  # noqa: E731
-    leaves, structure = jax.tree.flatten(params["groups"])
+    """Parameters for `unstacked(module)`: those of `module` a layer group at a time, in the compute dtype.
+
+    New arrays; `params` stay as they are. One program, which other parameters of the same shapes do not
+    compile again. Quantised matrices stay integers with their scales.
+    """
+    shapes = tuple(leaf.shape for leaf in jax.tree.leaves(params))
+    return _unstacking(module.clone(stacked=True), jax.tree.structure(params), shapes)(params)
+
+
+def unstack_and_delete(module: Transformer, params: Any) -> Any:
+    """`unstack` for parameters that nobody else needs: each stacked array is deleted once it is copied.
+
+    So the most memory is that of `params` and one array more, not both trees.
+    """
     groups: list[list[jax.Array]] = [[] for _ in range(module.config.groups)]
+    leaves, structure = jax.tree.flatten(params["groups"])
     for leaf in leaves:
         for i, group in enumerate(groups):
-            group.append(cast(leaf[i]))
+            group.append(_in_compute_dtype(module, leaf[i]))
         leaf.delete()
-    made = {name: jax.tree.map(cast, w) for name, w in params.items() if name != "groups"}
-    return made | {f"group_{i}": jax.tree.unflatten(structure, g) for i, g in enumerate(groups)}
+    return _of_groups(module, params, [jax.tree.unflatten(structure, group) for group in groups])
+
+
+@functools.lru_cache(maxsize=4)
+def _unstacking(module: Transformer, structure, shapes: tuple[tuple[int, ...], ...]):
+    """The program of `unstack` for a network and parameters of this structure."""
+
+    def unstacked(params):
+        def of_group(i):
+            return jax.tree.map(lambda w: _in_compute_dtype(module, w[i]), params["groups"])
+
+        return _of_groups(module, params, [of_group(i) for i in range(module.config.groups)])
+
+    def places(letters, w):  # w: one array, or those of a quantised matrix
+        return jax.tree.map(lambda part: module.layout.param(spread(letters, part.shape)), w)
+
+    labels = letters(module)
+    group = jax.tree.map(lambda of: of.removeprefix("L"), labels.pop("groups"))
+    labels |= {f"group_{i}": group for i in range(module.config.groups)}
+    params = structure.unflatten([jax.ShapeDtypeStruct(shape, jnp.int8) for shape in shapes])
+    made = jax.eval_shape(unstacked, params)
+    return jax.jit(unstacked, out_shardings=jax.tree.map(places, labels, made))
+
+
+def _of_groups(module: Transformer, params, groups: list[Any]):
+    made = {name: w for name, w in params.items() if name != "groups"}
+    made = jax.tree.map(functools.partial(_in_compute_dtype, module), made)
+    return made | {f"group_{i}": group for i, group in enumerate(groups)}
+
+
+def _in_compute_dtype(module: Transformer, leaf):
+    """Integers and their bfloat16 scales stay as they are."""
+    return leaf.astype(module.config.compute_dtype) if leaf.dtype == jnp.float32 else leaf
 
 
 def letters(module: Transformer) -> Any:

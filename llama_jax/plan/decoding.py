@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from llama_jax import config, sharding, tree
 from llama_jax.analysis import hardware
-from llama_jax.decode import engine
+from llama_jax.decode import engine, sample
 from llama_jax.model import cache, transformer
 from llama_jax.model.quantised import Quantised, check_blocks, spread
 from llama_jax.plan import aot, roofline
@@ -91,11 +91,11 @@ def plan(run: config.Run, name: str, texts: Texts) -> Plan:
 def trace(model: config.Model, layout: Layout, texts: Texts) -> Any:
     """The program of one token of every text, traced."""
     module, params, rows = abstract(model, layout, texts)
-    return engine.advance.trace(module, params, config.Decode(), rows, 1)
+    return engine.advance.trace(module, params, sample.settings(config.Decode()), rows, 1)
 
 
 def abstract(model: config.Model, layout: Layout, texts: Texts) -> tuple[Any, Any, engine.Rows]:
-    """The network, its parameters and the rows as `engine.Engine` has them: shapes and places."""
+    """The network, its parameters and the rows as `engine.Engine` is given them: shapes and places."""
     stacked = transformer.build(model, layout)
     module = transformer.unstacked(stacked)
     number = engine.spread_rows(module, texts.rows)

@@ -3,7 +3,6 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -35,9 +34,10 @@ def expected(shared):
 def test_the_recorded_greedy_text_comes_out_exactly(imported, expected):
     _, source, module, params = imported
     tokenizer = formats.loaded(source.tokenizer)
-    engine = Engine(module, jax.tree.map(jnp.copy, params), config.Decode())
-    decoder = Decoder(engine, tokenizer, (), 1, 201)
-    ((_, result),) = decoder.run([Request([tokenizer.bos], 200)])
+    decoder = Decoder(Engine(module, config.Decode()), tokenizer, (), 1, 201)
+    ((_, result),) = decoder.run(
+        transformer.unstack(module, params), [Request([tokenizer.bos], 200)]
+    )
     assert result.text == expected
 
 

@@ -22,8 +22,18 @@ def network(model, layout):
     return module, parameters.drawn(module, lambda leaf: leaf * 8 if leaf.ndim > 2 else leaf)
 
 
+class Bound(Decoder):
+    """With the parameters of `network`."""
+
+    def run(self, *args, **named):
+        return super().run(self.params, *args, **named)
+
+
 def decoder(model, layout, decode=DRAWN, rows=3, length=128, ends=()):
-    return Decoder(Engine(*network(model, layout), decode), byte.Byte(), ends, rows, length)
+    module, params = network(model, layout)
+    made = Bound(Engine(module, decode), byte.Byte(), ends, rows, length)
+    made.params = transformer.unstack(module, params)
+    return made
 
 
 def requests(prompts=PROMPTS, new=20, seed=3):
@@ -183,20 +193,20 @@ def test_a_call_that_was_broken_off_is_made_good(model, layout, monkeypatch):
 def test_other_parameters_begin_with_empty_caches(model, layout):
     one = decoder(model, layout)
     list(one.run(requests(SHARED)))
-    module, params = network(model, layout)
-    double = lambda params: jax.tree.map(lambda leaf: leaf * 1.5, params)
-    one.engine.load(double(params))
-    again = dict(one.run(requests(SHARED)))
-    fresh = Decoder(
-        Engine(module, double(network(model, layout)[1]), DRAWN), byte.Byte(), (), 3, 128
-    )
-    same(again, dict(fresh.run(requests(SHARED))))
+    one.params = jax.tree.map(lambda leaf: leaf * 1.5, one.params)
+    fresh = decoder(model, layout)
+    fresh.params = one.params
+    same(dict(one.run(requests(SHARED))), dict(fresh.run(requests(SHARED))))
 
 
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (Request([1] * 100, 29), r"requests\[1\] has 100 tokens .* at most 128, for which"),
+        (
+            Request([1] * 100, 29),
+            r"requests\[1\] has 100 tokens .* at most 128, .* try max_new_tokens=28",
+        ),
+        (Request([1] * 128, 29), r"requests\[1\] has 128 tokens .*; try a prompt of 99 tokens"),
         (
             Request([], 5),
             r"requests\[1\] has 0 tokens and max_new_tokens=5; both must be at least 1",

@@ -22,13 +22,13 @@ def test_chunks_of_a_long_text_are_small(layout, monkeypatch):
     """A chunk's scores do not grow with the text."""
     module = transformer.build(TINY, layout)
     params = jax.jit(transformer.init, static_argnums=0)(module, jax.random.key(0))
-    engine = Engine(module, params, config.Decode())
+    engine, params = Engine(module, config.Decode()), transformer.unstack(module, params)
     sizes = []
     begin = engines.begin
     monkeypatch.setattr(engines, "begin", lambda *a: sizes.append(len(a[4])) or begin(*a))
     for length, largest in ((2000, 512), (100_000, 64), (130_000, 64)):
         sizes.clear()
-        engine.begin(engine.rows(1, length), 0, [1] * 700, jax.random.key(0))
+        engine.begin(params, engine.rows(1, length), 0, [1] * 700, jax.random.key(0))
         assert max(sizes) == largest
 
 
@@ -72,10 +72,10 @@ def test_a_long_prompt_is_read_to_its_beginning(layout, window, length):
     params = jax.tree.map(lambda leaf: leaf * 20 if leaf.ndim > 2 else leaf, params)
     tokens = np.random.default_rng(0).integers(0, 64, length).tolist()
     wanted = last_logprobs(params, tokens, window)
-    engine = Engine(module, params, config.Decode())
-    rows, said = engine.begin(engine.rows(1, length + 8), 0, tokens, jax.random.key(0))
+    engine, params = Engine(module, config.Decode()), transformer.unstack(module, params)
+    rows, said = engine.begin(params, engine.rows(1, length + 8), 0, tokens, jax.random.key(0))
     assert said.tokens_BX[0, 0] == wanted.argmax()
     assert float(said.logprobs_BX[0, 0]) == pytest.approx(wanted.max(), abs=1e-5)
     assert cache.places_of(rows.cache) == (4608 if window else 9216 if length == 9_000 else 131_072)
-    _, said = engine.advance(rows)
+    _, said = engine.advance(params, rows)
     assert np.isfinite(said.logprobs_BX).all()

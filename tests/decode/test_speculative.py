@@ -10,14 +10,16 @@ from llama_jax.decode import speculative
 from llama_jax.decode.engine import Engine
 from llama_jax.decode.generate import Decoder
 from llama_jax.decode.speculative import Speculative
+from llama_jax.model import transformer
 from llama_jax.tokenizer import byte
-from tests.decode.test_generate import network, requests
+from tests.decode.test_generate import decoder, network, requests
 
 
 def both(model, layout, decode, proposals=3, **of_draft):
-    small = dataclasses.replace(model, **of_draft)
-    engine, draft = (Engine(*network(one, layout), decode) for one in (model, small))
-    return Speculative(engine, draft, proposals)
+    """And the parameters of both."""
+    pairs = [network(one, layout) for one in (model, dataclasses.replace(model, **of_draft))]
+    engine = Speculative(*(Engine(module, decode) for module, _ in pairs), proposals)
+    return engine, tuple(transformer.unstack(*pair) for pair in pairs)
 
 
 DRAFTS = {"another": dict(layers=1, ffn_dim=12), "itself": {}}
@@ -26,23 +28,23 @@ DRAFTS = {"another": dict(layers=1, ffn_dim=12), "itself": {}}
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_greedy_texts_are_those_of_the_target(model, layout, draft):
     decode = config.Decode()
-    one = Decoder(both(model, layout, decode, **DRAFTS[draft]), byte.Byte(), (), 3, 128)
-    alone = Decoder(Engine(*network(model, layout), decode), byte.Byte(), (), 3, 128)
-    expected = dict(alone.run(requests()))
-    made = dict(one.run(requests()))
+    engine, params = both(model, layout, decode, **DRAFTS[draft])
+    one = Decoder(engine, byte.Byte(), (), 3, 128)
+    expected = dict(decoder(model, layout, decode).run(requests()))
+    made = dict(one.run(params, requests()))
     for number, result in expected.items():
         assert made[number].tokens == result.tokens
         np.testing.assert_allclose(made[number].logprobs, result.logprobs, rtol=1e-4, atol=1e-5)
 
 
 def test_the_target_as_its_own_draft_has_every_proposal_taken(model, layout):
-    engine = both(model, layout, config.Decode(temperature=1.0))
+    engine, params = both(model, layout, config.Decode(temperature=1.0))
     rows = engine.rows(2, 64)
     for row in range(2):
-        rows, _ = engine.begin(rows, row, [1, 2, 3], jax.random.key(row))
+        rows, _ = engine.begin(params, rows, row, [1, 2, 3], jax.random.key(row))
     taken = []
     for _ in range(5):
-        rows, said = engine.advance(rows)
+        rows, said = engine.advance(params, rows)
         taken.append(np.asarray(said.count_B))
     assert np.mean(taken) > 3.9, "of 3 proposals and one more; rounding may refuse one"
 
@@ -88,11 +90,10 @@ def test_texts_have_the_targets_distribution(model, layout):
     of the target alone, rare tokens together."""
     decode = config.Decode(temperature=0.7, top_k=6, rows=30)
     asked = [one._replace(tokens=[5, 6, 7], max_new_tokens=3) for one in requests([b"x"] * 600)]
-    engine = both(model, layout, decode, **DRAFTS["another"])
-    ours = dict(Decoder(engine, byte.Byte(), (), 30, 64).run(asked))
+    engine, params = both(model, layout, decode, **DRAFTS["another"])
+    ours = dict(Decoder(engine, byte.Byte(), (), 30, 64).run(params, asked))
     other = [one._replace(seed=11) for one in asked]
-    alone = Engine(*network(model, layout), decode)
-    theirs = dict(Decoder(alone, byte.Byte(), (), 30, 64).run(other))
+    theirs = dict(decoder(model, layout, decode, rows=30, length=64).run(other))
     for place in (1, 2):
         a, b = (np.bincount([r.tokens[place] for r in made.values()], minlength=260)
                 for made in (ours, theirs))  # fmt: skip

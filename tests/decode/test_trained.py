@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from llama_jax import config
@@ -32,9 +31,13 @@ def expected(shared):
     return next(text for name, text in said.items() if name.startswith("test_all.py greedy"))
 
 
-def engine(loaded, decode=None):
-    module, params, _ = loaded
-    return Engine(module, jax.tree.map(jnp.copy, params), decode or config.Decode())
+def decoder(loaded, rows, decode=None):
+    module, _, tokenizer = loaded
+    return Decoder(Engine(module, decode or config.Decode()), tokenizer, (), rows, 201)
+
+
+def params(loaded):
+    return transformer.unstack(*loaded[:2])
 
 
 def ask(loaded, text, new):
@@ -44,8 +47,8 @@ def ask(loaded, text, new):
 
 def test_alone_and_streamed(loaded, expected):
     parts = []
-    decoder = Decoder(engine(loaded), loaded[2], (), 1, 201)
-    ((_, result),) = decoder.run([ask(loaded, "", 200)], lambda _, text: parts.append(text))
+    asked, listen = [ask(loaded, "", 200)], lambda _, text: parts.append(text)
+    ((_, result),) = decoder(loaded, 1).run(params(loaded), asked, listen)
     assert result.text == "".join(parts) == expected
     assert len(parts) > 150
 
@@ -58,7 +61,7 @@ def test_in_a_batch_and_in_a_row_that_others_had_before(loaded, expected):
     asked = [ask(loaded, text, 60) for text in OTHERS]
     asked.append(ask(loaded, "", 200))
     for rows in (6, 2):
-        made = dict(Decoder(engine(loaded), loaded[2], (), rows, 201).run(asked))
+        made = dict(decoder(loaded, rows).run(params(loaded), asked))
         assert made[5].text == expected
         assert expected.startswith(made[2].text)
 
@@ -66,12 +69,13 @@ def test_in_a_batch_and_in_a_row_that_others_had_before(loaded, expected):
 @pytest.mark.parametrize("proposals", [1, 4])
 def test_with_a_draft(loaded, expected, proposals):
     """Its own weights with the upper layers left out: a poor draft, and the same text."""
-    module, params, tokenizer = loaded
+    module, whole, tokenizer = loaded
     shallow = transformer.build(dataclasses.replace(module.config, layers=2), module.layout)
-    few = jax.tree.map(jnp.copy, params)
-    few["groups"] = jax.tree.map(lambda leaf: leaf[:2], few["groups"])
-    both = Speculative(engine(loaded), Engine(shallow, few, config.Decode()), proposals)
-    made = dict(Decoder(both, tokenizer, (), 2, 201).run([ask(loaded, "", 200)] * 2))
+    few = {**whole, "groups": jax.tree.map(lambda leaf: leaf[:2], whole["groups"])}
+    engines = (Engine(one, config.Decode()) for one in (module, shallow))
+    decoder = Decoder(Speculative(*engines, proposals), tokenizer, (), 2, 201)
+    both = params(loaded), transformer.unstack(shallow, few)
+    made = dict(decoder.run(both, [ask(loaded, "", 200)] * 2))
     assert made[0].text == made[1].text == expected
 
 
@@ -80,19 +84,18 @@ def test_with_a_beginning_that_was_kept(loaded, expected):
     tokenizer = loaded[2]
     tokens = [tokenizer.bos, *tokenizer.encode(expected)]
     half = tokens[:100]
-    decoder = Decoder(engine(loaded), tokenizer, (), 2, 201)
     asked = [Request(half + tokenizer.encode(" dog"), 20), Request(half, 101)]
-    made = dict(decoder.run(asked))
+    made = dict(decoder(loaded, 2).run(params(loaded), asked))
     assert tokenizer.decode([*half, *made[1].tokens]) == expected
-    decoder = Decoder(engine(loaded), tokenizer, (), 1, 201)
-    ((_, first),) = decoder.run([Request(tokens[:1], 99)])
+    one, weights = decoder(loaded, 1), params(loaded)
+    ((_, first),) = one.run(weights, [Request(tokens[:1], 99)])
     assert first.tokens == tokens[1:100]
-    ((_, second),) = decoder.run([Request(half, 101)])
+    ((_, second),) = one.run(weights, [Request(half, 101)])
     assert tokenizer.decode([*half, *second.tokens]) == expected
 
 
 @pytest.mark.parametrize("cache", ["bfloat16", "int8"])
 def test_smaller_caches_begin_the_same_text(loaded, expected, cache):
-    decoder = Decoder(engine(loaded, config.Decode(cache=cache)), loaded[2], (), 1, 201)
-    ((_, result),) = decoder.run([ask(loaded, "", 60)])
+    one = decoder(loaded, 1, config.Decode(cache=cache))
+    ((_, result),) = one.run(params(loaded), [ask(loaded, "", 60)])
     assert expected.startswith(result.text[:40])

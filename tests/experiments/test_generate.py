@@ -141,7 +141,7 @@ def test_a_wrong_line_is_named_before_anything_runs(tmp_path, text, message):
     source = tmp_path / "p.jsonl"
     source.write_text(text)
     engine = SimpleNamespace(decode=config.Decode(max_new_tokens=40))
-    loaded = Loaded(engine, byte.Byte(), 256, frozenset(), tmp_path, "")
+    loaded = Loaded(engine, None, byte.Byte(), 256, frozenset(), tmp_path, "")
     with pytest.raises(ValueError, match=message) as error:
         prompt_file.begin(loaded, source, tmp_path / "o", None)
     assert len(str(error.value).splitlines()) == 1
@@ -233,12 +233,12 @@ class Scripted:
     def __init__(self, answers):
         self.answers, self.asked = list(answers), []
 
-    def run(self, requests, listen, stopped):
+    def run(self, params, requests, listen, stopped):
         (request,) = requests
         self.asked.append(request.tokens)
         text, tokens, last = self.answers.pop(0)
         listen(0, text)
-        yield 0, Result(tokens, [], text, "stop" if last else "length", last)
+        yield 0, Result(tokens, [], [], text, "stop" if last else "length", last)
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +255,7 @@ def talk(monkeypatch, tmp_path, tokenizer, typed, answers, context=2000, system=
     monkeypatch.setattr(chat, "Decoder", lambda *_: scripted)
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     engine = SimpleNamespace(decode=config.Decode(max_new_tokens=50))
-    loaded = Loaded(engine, tokenizer, context, frozenset(), tmp_path, "")
+    loaded = Loaded(engine, None, tokenizer, context, frozenset(), tmp_path, "")
     one = chat.Chat(loaded, form_of(loaded, None), system)
     assert one.run() == 0
     return one

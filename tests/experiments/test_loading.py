@@ -1,5 +1,6 @@
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -48,8 +49,10 @@ def test_the_dtype_computed_in_can_be_chosen(tmp_path, chosen):
     (came / "tokenizer.model").write_bytes(small.sentencepiece(40))
     small.convert(came, tmp_path / "native", "native")
     decode = config.Decode(compute_dtype=chosen)
-    module = loading.load(tmp_path / "native", decode, config.Mesh()).engine.module
-    assert module.config.compute_dtype == ("bfloat16" if chosen == "stored" else chosen)
+    loaded = loading.load(tmp_path / "native", decode, config.Mesh())
+    dtype = "bfloat16" if chosen == "stored" else chosen
+    assert loaded.engine.module.config.compute_dtype == dtype
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(loaded.params)} == {dtype}
 
 
 def test_a_folder_that_is_no_model_is_told_what_to_give(tmp_path):

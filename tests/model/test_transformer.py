@@ -160,3 +160,21 @@ def test_initial_values_have_the_configured_spread(model, layout):
     first, second = params["groups"]["self_0"]["ffn"]["up"]
     assert not np.allclose(first, second), "layers must start different"
     np.testing.assert_array_equal(params["norm"]["scale"], 1)
+
+
+@pytest.mark.parametrize("how", ["borrowed", "deleted"])
+def test_unstacked_parameters_are_those_of_each_layer(model, layout, how):
+    """In the compute dtype; what they were made from is deleted where the function's name says so."""
+    model = dataclasses.replace(model, compute_dtype="bfloat16")
+    module, params = network(model, layout)
+    wanted = jax.tree.map(lambda w: np.asarray(w.astype("bfloat16")), params)
+    if how == "borrowed":
+        made = transformer.unstack(module, params)
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+    else:
+        made = transformer.unstack_and_delete(module, params)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(params["groups"]))
+    groups = wanted.pop("groups")
+    of_layer = lambda i: jax.tree.map(lambda w: w[i], groups)
+    wanted |= {f"group_{i}": of_layer(i) for i in range(2)}
+    jax.tree.map(np.testing.assert_array_equal, made, wanted)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from llama_jax import config
-from llama_jax.convert import formats, native
+from llama_jax.convert import formats
 from llama_jax.decode.engine import Engine
 from llama_jax.decode.generate import Decoder, Request
+from llama_jax.model import transformer
 from llama_jax.quant.network import quantise
 from tests.convert import small
 from tests.model.test_cache import whole
@@ -22,12 +23,12 @@ def loaded(shared, layout, tmp_path_factory):
     to = tmp_path_factory.mktemp("stories") / "native"
     source, module, params = small.stories(shared, layout, to)
     tokenizer = formats.loaded(source.tokenizer)
-    engine = Engine(module, params, config.Decode(temperature=1.0))
-    decoder = Decoder(engine, tokenizer, (), 16, LENGTH)
+    decoder = Decoder(Engine(module, config.Decode(temperature=1.0)), tokenizer, (), 16, LENGTH)
     requests = [Request([tokenizer.bos], LENGTH - 1, stream=(i, 0)) for i in range(2 * ROWS)]
-    rows = {number: [tokenizer.bos, *result.tokens] for number, result in decoder.run(requests)}
+    made = decoder.run(transformer.unstack(module, params), requests)
+    rows = {number: [tokenizer.bos, *result.tokens] for number, result in made}
     rows = np.array([rows[number] for number in range(2 * ROWS)])
-    return module, native.load(to, module), rows[:ROWS], rows[ROWS:]
+    return module, params, rows[:ROWS], rows[ROWS:]
 
 
 @pytest.mark.parametrize(
