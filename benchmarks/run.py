@@ -192,6 +192,16 @@ def decode() -> list[dict]:
     ]
 
 
+def choices() -> list[dict]:
+    """W6: multiple-choice questions with shared examples, beside scoring each choice as a row of its own."""
+    found = {"choices": [], "whole_rows": []}
+    for round_ in range(ROUNDS):
+        for side, results in found.items():
+            say(f"W6 round {round_ + 1} of {ROUNDS}: {side}")
+            results.append(json.loads(python("-m", "benchmarks.score", side)))
+    return [row("W6 5-shot choices, beside whole rows", *found.values(), "questions/s")]
+
+
 def row(name: str, ours: list[float], peer: list[float], unit: str) -> dict:
     spread = (max(ours) - min(ours)) / statistics.median(ours)
     found = {"name": name, "ours": statistics.median(ours), "peer": None, "ratio": None}
@@ -228,7 +238,9 @@ def page(rows: list[dict]) -> str:
         "turned into the other layout, synced to disk; a copy is cp and sync. The bound is 3 x the largest "
         "tensor + 1 GiB. W5: the network of W1, prompts of 64 tokens, 128 new ones, greedy, float32, "
         "the prompt's time included; transformers with its cache. int8 weights: `quant.activations=int16`. "
-        "Log-likelihood: every token of 8 rows of 512.\n"
+        "Log-likelihood: every token of 8 rows of 512. W6: the same network, 100 questions of 32 to 64 "
+        "tokens after 5 examples of 64 that all share, 4 choices of 2 to 12 tokens each; the peer is "
+        "`score.token_nll` of each choice in a row of its own.\n"
     )
 
 
@@ -262,7 +274,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
 
 
-PARTS = {"W1": train_step, "W2": startup, "W3": data, "W4": convert, "W5": decode}
+PARTS = {"W1": train_step, "W2": startup, "W3": data, "W4": convert, "W5": decode, "W6": choices}
 
 
 def say(text: str) -> None:

@@ -73,6 +73,13 @@ def logits(hidden: Hidden) -> jax.Array:
     return jnp.einsum("BTD,DV->BTV", hidden.x_BTD, hidden.w_DV, preferred_element_type=jnp.float32)
 
 
+def output_matrix(model: config.Model, params: Any) -> jax.Array | Quantised:
+    """The matrix of `Hidden`, [D, V], of parameters in the compute dtype, as `unstack` gives them."""
+    if model.output == "tied":
+        return jax.tree.map(lambda x: jnp.einsum("VD->DV", x), params["embed"])
+    return params["output"]
+
+
 class Group(nn.Module):
     """The layers of one turn of the pattern, in the form of a scan's body."""
 
@@ -123,8 +130,9 @@ class Transformer(nn.Module):
         if config.init == "mup":
             x_BTD = x_BTD / mup_ratio(config)
         if config.output == "tied":
-            return Hidden(x_BTD, jax.tree.map(lambda x: jnp.einsum("VD->DV", x), w_VD))
-        return Hidden(x_BTD, param(self, "output", "DV", initial(config, "output")))
+            return Hidden(x_BTD, output_matrix(config, {"embed": w_VD}))
+        w_DV = param(self, "output", "DV", initial(config, "output"))
+        return Hidden(x_BTD, output_matrix(config, {"output": w_DV}))
 
     def scanned(self, x_BTD, where: Where, segments_BT):
         config = self.config
