@@ -87,9 +87,7 @@ class _Path(NamedTuple):
 
     tokens: np.ndarray
     start: int
-    queries: list[
-        _Query
-    ]  # at new tokens, of this path's own request and of later ones that share them
+    queries: list[_Query]  # at new tokens: of its own request, and of later ones that share them
 
 
 def plan(requests: Sequence[Continuation], rows: int) -> tuple[_Path, list[list[_Path]]]:
@@ -139,7 +137,7 @@ def _read_all(module, params, requests, rows: int) -> Iterator[tuple[int, Likeli
     else:
         kept = empty(len(paths))
     yield from _read_rows(module, params, kept, paths, answers)
-    yield from answers.done(waiting=0)
+    yield from answers.done()
 
 
 def _read_rows(module, params, kept, paths: list[list[_Path]], answers: "_Answers"):
@@ -172,7 +170,7 @@ def _read_rows(module, params, kept, paths: list[list[_Path]], answers: "_Answer
                 waiting[row].popleft()
                 at[row] = waiting[row][0].start if waiting[row] else 0
         x_BTD, kept = _read(module, params, kept, tokens_BT, start_B, count_B)
-        yield from answers.done(waiting=1)  # read while the next ones are computed
+        yield from answers.done()  # of the calls before, while this one is computed
         answers.ask(x_BTD, queries)
     return kept
 
@@ -185,30 +183,29 @@ class _Answers:
         self.missing = [len(request.tokens) for request in requests]
         self.logprobs = [[0.0] * size for size in self.missing]
         self.greedy = [True] * len(requests)
-        self.asked: deque[list[tuple[list[_Query], tuple[jax.Array, jax.Array]]]] = deque()
+        self.asked: list[tuple[list[_Query], tuple[jax.Array, jax.Array]]] = []
 
     def ask(self, x_BTD, queries: list[tuple[int, int, _Query]]) -> None:
         """Compute what is wanted after states: of each its row, its place among T, and the query."""
-        self.asked.append([])
         for first in range(0, len(queries), ANSWERS[-1]):
             part = queries[first : first + ANSWERS[-1]]
             size = next(n for n in ANSWERS if n >= len(part))
             index = np.zeros((3, size), np.int32)
             index[:, : len(part)] = np.array([(b, t, query.target) for b, t, query in part]).T
             found = _answer(self.module, self.params, x_BTD, *index)
-            self.asked[-1].append(([query for _, _, query in part], found))
+            self.asked.append(([query for _, _, query in part], found))
 
-    def done(self, waiting: int) -> Iterator[tuple[int, Likelihood]]:
-        """Requests that are complete, without what was asked in the last `waiting` calls."""
-        while len(self.asked) > waiting:
-            for queries, answers in self.asked.popleft():
-                logprob_X, greedy_X = (np.asarray(x) for x in answers)
-                for i, (_, _, number, index) in enumerate(queries):
-                    self.logprobs[number][index] = float(logprob_X[i])
-                    self.greedy[number] &= bool(greedy_X[i])
-                    self.missing[number] -= 1
-                    if not self.missing[number]:
-                        yield number, Likelihood(self.logprobs[number], self.greedy[number])
+    def done(self) -> Iterator[tuple[int, Likelihood]]:
+        """Requests that what was asked completes."""
+        asked, self.asked = self.asked, []
+        for queries, answers in asked:
+            logprob_X, greedy_X = (np.asarray(x) for x in answers)
+            for i, (_, _, number, index) in enumerate(queries):
+                self.logprobs[number][index] = float(logprob_X[i])
+                self.greedy[number] &= bool(greedy_X[i])
+                self.missing[number] -= 1
+                if not self.missing[number]:
+                    yield number, Likelihood(self.logprobs[number], self.greedy[number])
 
 
 @functools.partial(jax.jit, static_argnames="module", donate_argnames="kept")

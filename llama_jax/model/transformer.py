@@ -200,8 +200,8 @@ def unstacked(module: Transformer) -> Transformer:
 def unstack(module: Transformer, params: Any) -> Any:
     """Parameters for `unstacked(module)`: those of `module` a layer group at a time, in the compute dtype.
 
-    New arrays; `params` stay as they are. One program, which other parameters of the same shapes do not
-    compile again. Quantised matrices stay integers with their scales.
+    New arrays, 2 bytes a parameter in bfloat16; `params` stay as they are. One program, which other
+    parameters of the same shapes do not compile again. Quantised matrices stay integers with their scales.
     """
     shapes = tuple(leaf.shape for leaf in jax.tree.leaves(params))
     return _unstacking(module.clone(stacked=True), jax.tree.structure(params), shapes)(params)

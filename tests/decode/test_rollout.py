@@ -131,19 +131,16 @@ def test_samples_of_a_prompt_share_it_and_prompts_their_beginning(model, layout,
         np.testing.assert_allclose(result.logprobs, alone[i].logprobs, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [3, 4])
-def test_bits_do_not_depend_on_the_order_of_requests(model, layout, rows):
-    """Nested shared prefixes, samples, and fewer rows than requests."""
+def test_bits_do_not_depend_on_the_order_of_requests(model, layout):
+    """Nested shared prefixes, a prompt twice, and half as many rows as requests."""
     module, params = network(model, layout)
     loose = transformer.unstack(module, params)
     few = list(b"question and answer, three shots of it. ")
     prompts = [few[:20], few, [*few, 7, 8], [*few, *few], [*few, *few, 9], [*few, *few, 9]]
     requests = [Request(p, 5 + i, 3, (i, 0)) for i, p in enumerate(prompts)]
-    make = lambda: Decoder(
-        Engine(module, config.Decode(temperature=1.0)), byte.Byte(), (), rows, 128
-    )
+    make = lambda: Decoder(Engine(module, config.Decode(temperature=1.0)), byte.Byte(), (), 3, 128)
     first = dict(make().run(loose, requests))
-    order = np.random.default_rng(rows).permutation(len(requests))
+    order = np.random.default_rng(0).permutation(len(requests))
     again = dict(make().run(loose, [requests[i] for i in order]))
     assert [again[list(order).index(i)] for i in range(len(requests))] == [
         first[i] for i in range(len(requests))

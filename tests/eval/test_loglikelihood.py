@@ -8,6 +8,7 @@ from llama_jax import config, sharding
 from llama_jax.eval import loglikelihood as scoring
 from llama_jax.eval.loglikelihood import Continuation, loglikelihood
 from llama_jax.model import transformer
+from llama_jax.quant.network import quantise
 from tests import parameters
 
 RNG = np.random.default_rng(0)
@@ -89,6 +90,12 @@ def test_greedy_continuations_are_told(model, layout):
 @pytest.mark.parametrize("change", [dict(window=6), dict(position="alibi"), dict(output="tied")])
 def test_other_networks(model, layout, change):
     check(*network(dataclasses.replace(model, **change), layout), REQUESTS[:12], rows=3)
+
+
+@pytest.mark.slow  # 10 s, of which quantising is the most
+def test_integer_weights(model, layout):
+    module, params = network(model, layout)
+    check(module, quantise(module, params, config.Quant()), REQUESTS[:12], rows=3)
 
 
 def test_a_mesh_has_the_numbers_of_one_device():
