@@ -132,7 +132,7 @@ class Decoder:
         texts: list[_Row | None] = [None] * len(self.held)
         while waiting or any(texts):
             stop = stopped()
-            begun = []
+            begun: deque[tuple[_Row, Said]] = deque()
             for row in range(len(texts)):
                 if texts[row] is None and waiting and not stop:
                     number, request, cuts = waiting.popleft()
@@ -140,11 +140,10 @@ class Decoder:
                     said = self._begin(params, row, request, cuts, read)
                     texts[row] = one = _Row(number, self._text(request))
                     begun.append((one, said))
-            for (
-                one,
-                said,
-            ) in begun:  # the next prompt was dispatched before this one's token is waited for
-                one.feed(*(np.asarray(x)[0] for x in said[:3]), listen)
+                # Wait for no token while there are prompts to dispatch.
+                while begun and (row + 1 == len(texts) or begun[0][1].tokens_BX.is_ready()):
+                    one, said = begun.popleft()
+                    one.feed(*(np.asarray(x)[0] for x in said[:3]), listen)
             if not stop and all(one is None or not one.text.end for one in texts):
                 self.rows, said = self.engine.advance(params, self.rows)
                 *parts, count_B = (np.asarray(x) for x in said)
