@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import cli, hosts, overview, provenance, session
+from experiments import cli, hosts, overview, provenance, session, warm_start
 from experiments.lease import Held
 from llama_jax import config, files
 from llama_jax.analysis import memory, runcard
@@ -130,7 +130,7 @@ def run_all(
         try:
             if cell.name not in machines:
                 machines[cell.name] = session.Machine(cell.run)
-            run = grid.seeded(cell.run, seed)
+            run = warm_start.pinned(grid.seeded(cell.run, seed))
             machine = machines[cell.name]
             with session.holding(folder, run) as lease:
                 # Another process may have done it meanwhile.
@@ -173,7 +173,7 @@ def finish(study, cell, seed, machine, folder, prepared, rows, result) -> None:
     table = run.model.max_positions
     at_once = run.tokens_per_step // run.train.microbatches
     scores = {
-        times: score.windows(machine.program.module, result.state.params, rows, times, at_once)
+        times: score.windows(machine.program.module, result.params, rows, times, at_once)
         for times in study.lengths
         if not table or times * run.data.seq_len <= table
     }

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import hosts, provenance
+from experiments import hosts, provenance, warm_start
 from experiments.lease import Held, Lease
 from llama_jax import config, files, sharding, tree
 from llama_jax.analysis import flops, hardware, memory, runcard
@@ -44,20 +44,14 @@ class Machine:
 
     @functools.cached_property
     def advance(self) -> Any:
-        """(state, batch) -> (state, metrics)"""
+        """(state, frozen, batch) -> (state, metrics)"""
         program, options = self.program, hardware.compiler_options(self.kind)
-        lowered = program.step.lower(program.state, program.frozen, program.batch)
-        return _without_frozen(lowered.compile(options))
+        return program.step.lower(program.state, program.frozen, program.batch).compile(options)
 
     @functools.cached_property
     def evaluate(self) -> Any:
-        """(params, batch) -> Sums"""
-        return _without_frozen(jax.jit(self.program.objective.sums))
-
-
-def _without_frozen(compute: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Pretraining freezes nothing."""
-    return lambda trained, batch: compute(trained, {}, batch)
+        """(trained, frozen, batch) -> Sums"""
+        return jax.jit(self.program.objective.sums)
 
 
 @contextlib.contextmanager
@@ -202,6 +196,7 @@ class Result(NamedTuple):
     """What a run has come to."""
 
     state: Any
+    params: Any  # the module's, frozen ones included
     rows: list[metrics.Row]  # of metrics.jsonl
     results: dict[str, float]  # of the last evaluation
     seconds: float  # of training
@@ -234,6 +229,7 @@ def train(
     checkpoints = checkpoint.Checkpoints(workdir, run.checkpoint)
     if hosts.first() and (left := checkpoints.clean()):
         print(f"removed what interrupted saves left in {checkpoints.folder}: {', '.join(left)}")
+    frozen = warm_start.weights(run, program, trained=False) if program.frozen else {}
     state, seconds, means = start(run, program, checkpoints, prepared, record["order"])
     first = int(state.step)
     hosts.together(lambda: describe(workdir, record["run"], prepared) if hosts.first() else None)
@@ -251,7 +247,8 @@ def train(
     rates = figures(run, program.module)
     recorder = loop.Recorder(run, rates, writers + boards, console, seconds, means)
     per_token = iterator.bytes_per_token(run, prepared)
-    evaluate = functools.partial(validation, machine.evaluate, run, prepared, layout, per_token)
+    sums = lambda trained, batch: machine.evaluate(trained, frozen, batch)  # noqa: E731
+    evaluate = functools.partial(validation, sums, run, prepared, layout, per_token)
 
     def save(done: int, state: Any, seconds: float) -> None:
         lease.check()
@@ -278,7 +275,8 @@ def train(
             cut = first % run.eval.every == 0 and bool(row_of(workdir, first))
             if hosts.first_says(cut):
                 complete(first, state.params, interrupt.due)
-            batches, advance = iterator.train(run, prepared, layout, first), machine.advance
+            batches = iterator.train(run, prepared, layout, first)
+            advance = lambda state, batch: machine.advance(state, frozen, batch)  # noqa: E731
             recorder.pause()
             state, done = loop.run(
                 run, state, advance, lambda step, state: next(batches),
@@ -301,7 +299,8 @@ def train(
     rows = metrics.read(workdir / "metrics.jsonl") if hosts.first() else []
     spent = (recorder.seconds, recorder.seconds - seconds)
     ended = "" if done == run.train.steps else interrupt.signal
-    return Result(state, rows, results, *spent, rates, first, ended)
+    params = program.objective.params(state.params, frozen)
+    return Result(state, params, rows, results, *spent, rates, first, ended)
 
 
 def row_of(workdir: Path, step: int) -> metrics.Row:
@@ -324,7 +323,13 @@ def start(
     restored = checkpoints.latest(program.state)
     if restored is None:
         layout = program.module.layout
-        return train_state.init(program.objective, program.tx, layout, run.train.seed), 0.0, {}
+        if run.train.init_from:
+            warm_start.check(run, prepared)
+            trained = warm_start.weights(run, program, trained=True)
+            state = train_state.begin(program.objective, program.tx, layout, trained)
+        else:
+            state = train_state.init(program.objective, program.tx, layout, run.train.seed)
+        return state, 0.0, {}
     trained_on = restored.record["provenance"]["data"]
     if trained_on != prepared.fingerprint:
         raise ValueError(
@@ -412,7 +417,7 @@ def card(
         device_kind=jax.devices()[0].device_kind,
         devices=jax.device_count(),
         watts=run.log.watts_per_chip or device.watts,
-        parameters=tree.count(result.state.params),
+        parameters=tree.count(result.params),
         steps=steps,
         flops_per_token=result.rates.flops_per_token,
         peak_flops=result.rates.peak_flops,

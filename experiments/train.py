@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import cli, hosts, provenance, session
+from experiments import cli, hosts, provenance, session, warm_start
 from experiments.lease import Lease
 from llama_jax import config, tree
 from llama_jax.analysis import baseline, runcard
@@ -40,6 +40,7 @@ def main() -> int:
     hosts.join(run.mesh.hardware)
     cli.tune_for_cpu()
     hosts.check(run.mesh)
+    run = warm_start.pinned(run)
     hosts.compare(lambda: {**config.flatten(run), **provenance.installed()})
     workdir = Path(WORKDIR.value).expanduser().absolute()
     jax.config.update("jax_compilation_cache_dir", str(Path(run.data.cache).expanduser() / "xla"))
@@ -51,8 +52,12 @@ def train(run: config.Run, workdir: Path, lease: Lease) -> int:
     if jax.process_count() > 1:
         session.check_shared(workdir)
     machine = session.Machine(run)
-    parameters = tree.count(machine.program.state.params)
-    print(f"{parameters:,} parameters on {jax.device_count()} x {jax.devices()[0].device_kind}")
+    frozen = tree.count(machine.program.frozen)
+    parameters = tree.count(machine.program.state.params) + frozen
+    part = f", {parameters - frozen:,} of them trained," if frozen else ""
+    print(
+        f"{parameters:,} parameters{part} on {jax.device_count()} x {jax.devices()[0].device_kind}"
+    )
     prepared = session.prepare_once(run.data, run.model.vocab_size)
     console = functools.partial(metrics.Console, quiet=not hosts.first())
     with loop.Interrupt() as interrupt:
@@ -104,7 +109,7 @@ def finish(run, workdir, module, result, prepared) -> None:
     """What is left when the last step is done: plot, run card, a look at what the network writes."""
     results = hosts.together(lambda: write(run, workdir, result, prepared) if hosts.first() else {})
     try:
-        prompt, text = sampled(run, module, result.state.params, prepared)
+        prompt, text = sampled(run, module, result.params, prepared)
     except (ValueError, RuntimeError, MemoryError) as error:  # the results are written
         prompt, text = "", f"none: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
     if not hosts.first():
@@ -124,7 +129,7 @@ def write(run, workdir, result, prepared) -> dict[str, float]:
 
     results = result.results | baselines(run, prepared)
     more = {name: results[name] for name in ("unigram_loss", "bigram_loss")}
-    title = f"{workdir.name}: {tree.count(result.state.params):,} parameters"
+    title = f"{workdir.name}: {tree.count(result.params):,} parameters"
     plots.loss(result.rows, more, workdir / "loss.png", title)
     runcard.write(session.card(run, result, prepared, command(), more), workdir)
     return results

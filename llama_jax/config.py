@@ -304,8 +304,12 @@ class Optim:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices only
     clip_norm: float = 1.0
+    # Parameters that are trained, by globs of their paths or by letters: ("groups/*/attention/*", "D").
+    train: tuple[str, ...] = ("*",)
 
     def __post_init__(self):
+        if not self.train:
+            raise ValueError("optim.train=() trains nothing; ('*',) trains every parameter")
         _positive(self, "optim", "learning_rate", "eps", "clip_norm")
         for name in ("beta1", "beta2", "final_fraction", "decay_fraction"):
             value = getattr(self, name)
@@ -332,6 +336,10 @@ class Train:
         0.0  # loss this far above its running mean is an anomaly; 0: only NaN and inf
     )
     max_skips: int = 10  # anomalies in a row that stop even "skip"
+    init_from: str = (
+        ""  # begin with the weights of this folder: a converted model, or a run's workdir
+    )
+    init_checksum: str = ""  # of those weights; found when the run begins, and then expected
 
     def __post_init__(self):
         _positive(self, "train", "steps", "batch_size", "microbatches", "loss_chunks", "max_skips")
@@ -339,6 +347,9 @@ class Train:
         check_seed(self.seed, "train.seed")
         _divides("train.microbatches", self.microbatches, "train.batch_size", self.batch_size)
         choose(("stop", "skip"), self.on_anomaly, "train.on_anomaly")
+        _local(self, "train", "init_from")
+        if not self.init_from:
+            _idle(self, "train", ("init_checksum",), "train.init_from=''")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -490,6 +501,11 @@ class Run:
     log: Log = Log()
 
     def __post_init__(self):
+        if self.optim.train != ("*",) and not self.train.init_from:
+            raise ValueError(
+                f"optim.train={self.optim.train} freezes the other parameters, and those need weights: give "
+                "train.init_from, a converted model or a run's workdir"
+            )
         _divides("train.loss_chunks", self.train.loss_chunks, "data.seq_len", self.data.seq_len)
         if self.model.init == "mup" and self.optim.name in ("adafactor", "muon"):
             raise ValueError(
@@ -592,8 +608,11 @@ HOW = (
 )
 
 
-# Settings that say where text lies. What it says is compared, by the fingerprint that checkpoints keep.
-WHERE = re.compile(r"data\.tokenizer\.path|data\.sources\..*\.(kind|path|text_field)")
+# Settings that say where text and weights lie. What they are is compared: text by the fingerprint that
+# checkpoints keep, weights by train.init_checksum.
+WHERE = re.compile(
+    r"data\.tokenizer\.path|data\.sources\..*\.(kind|path|text_field)|train\.init_from"
+)
 
 
 def diff(old: Run, new: Run, essential: bool = False) -> list[str]:

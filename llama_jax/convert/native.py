@@ -8,6 +8,7 @@ its devices hold), the tokenizer's file, and `huggingface/` when small files cam
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,13 @@ def description(
     }  # fmt: skip
 
 
-def load(folder: Path, module: Transformer, dtype: str = "float32") -> Any:
-    """The parameters in `dtype`, or quantised, in the shardings of `module.layout`.
+def load(
+    folder: Path,
+    module: Transformer,
+    dtype: str = "float32",
+    pick: Callable[[str], bool] = lambda path: True,
+) -> Any:
+    """The parameters whose paths are picked, in `dtype` or quantised, in the shardings of `module.layout`.
 
     A host reads what its devices hold, and casts it while it reads: bfloat16 never takes more than 2 bytes a
     parameter. Quantised matrices stay as they are stored.
@@ -107,7 +113,8 @@ def load(folder: Path, module: Transformer, dtype: str = "float32") -> Any:
         return name, shape, dtype or arrays[name].dtype.numpy_dtype
 
     wanted = {}
-    for name, leaf in tree.paths(transformer.abstract(module)).items():
+    picked, _ = tree.split(transformer.abstract(module), pick)
+    for name, leaf in tree.paths(picked).items():
         values, scale = f"{name}/values", f"{name}/scale"
         if said and values in arrays and scale in arrays:
             blocks = _blocks(arrays[scale], leaf, folder)
@@ -256,7 +263,36 @@ def _place(folder: Path) -> tuple[Path, str]:
 
 
 def _arrays(folder: Path) -> dict[str, ts.TensorStore]:
-    """{path in the parameter tree: the stored array}, opened, nothing read."""
+    """{path in the parameter tree: the stored array}, opened, nothing read.
+
+    A run that trains a part of the parameters has the others in the folder that it began from.
+    """
+    own = _own_arrays(folder)
+    if (folder / MODEL).is_file():
+        return own
+    run = config.from_dict(json_file.read(folder / "run.json"))
+    if run.optim.train == config.Optim().train:
+        return own
+    check_base(run.train, f"{folder}: its frozen parameters lie in ")
+    return _arrays(Path(run.train.init_from).expanduser()) | own
+
+
+def check_base(train: config.Train, before: str = "") -> str:
+    """The checksum of the weights that a run begins with. ValueError if they are gone or others."""
+    base = Path(train.init_from).expanduser()
+    try:
+        found = identity(base)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{before}train.init_from={train.init_from}: {error}") from error
+    if train.init_checksum not in ("", found):
+        raise ValueError(
+            f"{before}train.init_from={train.init_from}, whose weights have the checksum {found} now, not "
+            f"train.init_checksum={train.init_checksum}: bring those weights back"
+        )
+    return found
+
+
+def _own_arrays(folder: Path) -> dict[str, ts.TensorStore]:
     place, prefix = _place(folder)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:

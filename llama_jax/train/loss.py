@@ -13,11 +13,13 @@ from llama_jax.model import logprobs, transformer
 from llama_jax.model.transformer import Hidden, Transformer, logits
 from llama_jax.sharding import Layout
 from llama_jax.train.objective import Objective, Sums
+from llama_jax.train.partial import partial
 
 
 def pretraining(run: config.Run, module: Transformer) -> Objective:
-    """Next-token prediction as a run's settings have it."""
-    return next_token(module, run.train.loss_chunks, run.train.z_loss, run.data.segments)
+    """Next-token prediction as a run's settings have it, of the parameters that `optim.train` picks."""
+    whole = next_token(module, run.train.loss_chunks, run.train.z_loss, run.data.segments)
+    return partial(whole, module, run.optim.train)
 
 
 def next_token(
@@ -48,6 +50,7 @@ def next_token(
         init=functools.partial(transformer.init, module),
         letters=transformer.letters(module),
         frozen={},
+        params=lambda trained, frozen: trained,
         batch=iterator.abstract,
     )
 

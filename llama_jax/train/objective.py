@@ -50,5 +50,8 @@ class Objective(NamedTuple):
     init: Callable[[jax.Array], Any]  # RNG key -> trained parameters; float32
     letters: Any  # of each trained parameter, strings like "LDNH"
     frozen: Any  # shape, dtype and sharding of each frozen array (jax.ShapeDtypeStruct)
+    params: Callable[
+        [Any, Any], Any
+    ]  # (trained, frozen) -> the module's, for evaluation and sampling
     # Shape, dtype and sharding of each array of a batch: what a step is compiled for before there are data.
     batch: Callable[[config.Run, Layout], Any]

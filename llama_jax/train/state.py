@@ -66,6 +66,18 @@ def init(
     return make(jax.random.key(seed))
 
 
+def begin(
+    objective: Objective, tx: optax.GradientTransformation, layout: Layout, params: Any
+) -> State:
+    """A state at step 0 of trained parameters that are here already, sharded. They are given up."""
+    make = jax.jit(
+        lambda params: _make(params, tx),
+        donate_argnums=0,
+        out_shardings=shardings(objective, tx, layout),
+    )
+    return make(params)
+
+
 def _make(params, tx):
     return State(
         step=jnp.zeros((), jnp.int32),
