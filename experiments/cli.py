@@ -72,7 +72,7 @@ def define_config() -> flags.FlagHolder:
     """--config=FILE, and --config.part.name=VALUE for every setting of it."""
     words = (
         "The config file, as configs/7b.py, or configs/7b.py:v4_32 laid out for a slice. Each setting of it "
-        "is --config.part.name=VALUE; llama_jax/config.py lists them all."
+        "is --config.part.name=VALUE; llama_jax/config lists them all."
     )
     flag = config_flags.DEFINE_config_file("config", None, words, lock_config=True)
     flags.FLAGS["config"].parser = _Page("config")
@@ -146,7 +146,7 @@ def define_parts(**parts: object) -> flags.FlagHolder:
     )
     try:
         _check_settings(sys.argv, _settings)
-        words = "Not given itself: each setting is --config.part.name=VALUE; llama_jax/config.py lists them."
+        words = "Not given itself: each setting is --config.part.name=VALUE; llama_jax/config lists them."
         return config_flags.DEFINE_config_dict(
             "config", ml_collections.ConfigDict(values), help_string=words, lock_config=True
         )

@@ -4,7 +4,19 @@ import json
 import pytest
 
 from llama_jax import config
-from llama_jax.config import Data, Eval, Mesh, Model, Optim, Rope, Run, Source, Tokenizer, Train
+from llama_jax.config import (
+    Data,
+    Eval,
+    Mesh,
+    Model,
+    Optim,
+    Rope,
+    Run,
+    Source,
+    Tokenizer,
+    Train,
+    form,
+)
 
 
 def test_editing_form_and_back():
@@ -87,11 +99,32 @@ def test_where_text_lies_is_not_what_it_says():
     assert config.diff(old, new, essential=True) == ["data.sources.a.b.weight: 1.0 -> 2.0"]
 
 
-def test_names_of_the_how_exist():
-    fields = config.flatten(Run())
-    assert any(config.WHERE.fullmatch(field) for field in fields)
-    for name in config.HOW:
-        assert any(field.startswith(name) for field in fields), name
+def test_what_is_not_essential():
+    """Each setting that says how or where, changed alone; those of sources by any name."""
+    old = Run(data=Data(sources=(Source("a.b", "files", "/x"),)))
+    found = {place for place, _, aspect in form._settings(old) if aspect != "what"}
+    how = {
+        p for p in config.flatten(old) if p.startswith(("mesh.", "log.", "checkpoint.", "eval."))
+    }
+    how |= {f"model.{name}" for name in ("kernel", "remat", "unroll")}
+    how |= {
+        f"train.{name}"
+        for name in ("microbatches", "loss_chunks", "on_anomaly", "max_skips", "init_from")
+    }
+    how |= {"data.cache", "data.threads", "data.tokenizer.path"}
+    how |= {f"data.sources.a.b.{name}" for name in ("kind", "path", "text_field")}
+    assert found == how
+
+
+def test_any_part_has_an_editing_form():
+    edited = config.edit(config.Decode())
+    edited.temperature = 0.5
+    assert config.freeze(edited, config.Decode, "decode") == config.Decode(temperature=0.5)
+    edited.top_p = 2.0
+    with pytest.raises(ValueError, match=r"decode.top_p=2.0 must be above 0"):
+        config.freeze(edited, config.Decode, "decode")
+    with pytest.raises(AttributeError):
+        edited.temprature = 1.0
 
 
 @pytest.mark.parametrize(

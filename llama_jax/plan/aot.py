@@ -33,7 +33,7 @@ ENVIRONMENT = {
 GiB = 2**30
 # This package, and where `make test` puts libtpu: beside the other packages, since a JAX that finds it looks
 # for a TPU at every start and complains that there is none.
-PLACES = (str(Path(config.__file__).resolve().parents[1]), str(Path(sys.prefix) / "libtpu"))
+PLACES = (str(Path(config.__file__).resolve().parents[2]), str(Path(sys.prefix) / "libtpu"))
 
 
 class Compiled(NamedTuple):

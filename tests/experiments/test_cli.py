@@ -147,5 +147,5 @@ def test_the_package_lists_its_commands():
 def test_help_names_config_where_its_settings_are_and_the_flags_of_hosts():
     done = helpers.run("train", "--help")
     assert "--config: The config file, as configs/7b.py" in done.stdout
-    assert "llama_jax/config.py lists them" in " ".join(done.stdout.split())
+    assert "llama_jax/config lists them" in " ".join(done.stdout.split())
     assert "--coordinator: " in done.stdout
