@@ -6,9 +6,9 @@
 
 Compiled for slices, estimated (docs/scale.md): recomputation, memory a chip, MFU in series to products alone.
 
-    :v4_8      full        9.4 GiB of 30.75   MFU 33 to 43%
-    :v5e_8     full        5.7 GiB of 15.75   MFU 37 to 50%
-    :v6e_8     full        5.8 GiB of 31.25   MFU 21 to 25%
+    :v4_8      full        9.4 GiB of 30.75   MFU 29 to 38%
+    :v5e_8     full        5.7 GiB of 15.75   MFU 32 to 43%
+    :v6e_8     full        5.8 GiB of 31.25   MFU 16 to 21%
 """
 
 from configs import base, mixtures, sizes

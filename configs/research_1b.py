@@ -6,10 +6,10 @@
 
 Compiled for slices, estimated (docs/scale.md): recomputation, memory a chip, MFU in series to products alone.
 
-    :v4_8      full       21.3 GiB of 30.75   MFU 44 to 53%
-    :v5e_8     full       13.2 GiB of 15.75   MFU 53 to 64%
-    :v6e_8     full       26.4 GiB of 31.25   MFU 36 to 41%
-    :v2_8      linear      5.9 GiB of 7.5   MFU 67 to 69%
+    :v4_8      full       21.3 GiB of 30.75   MFU 37 to 50%
+    :v5e_8     full       13.2 GiB of 15.75   MFU 44 to 60%
+    :v6e_8     full       26.4 GiB of 31.25   MFU 27 to 37%
+    :v2_8      linear      5.9 GiB of 7.5   MFU 55 to 74%
 """
 
 from configs import base, mixtures, sizes

@@ -6,9 +6,9 @@
 
 Compiled for slices, estimated (docs/scale.md): recomputation, memory a chip, MFU in series to products alone.
 
-    :v4_8      full       17.5 GiB of 30.75   MFU 37 to 48%
-    :v5e_8     full       11.6 GiB of 15.75   MFU 43 to 58%
-    :v6e_8     full       11.7 GiB of 31.25   MFU 25 to 30%
+    :v4_8      full       17.5 GiB of 30.75   MFU 32 to 43%
+    :v5e_8     full       11.6 GiB of 15.75   MFU 37 to 50%
+    :v6e_8     full       11.7 GiB of 31.25   MFU 19 to 26%
 """
 
 from configs import base, mixtures, sizes
