@@ -63,7 +63,11 @@ def play(monkeypatch, tmp_path, run_loop, checkpoints, first=0):
     machine = SimpleNamespace(
         advance=None,
         evaluate=None,
-        program=SimpleNamespace(module=SimpleNamespace(layout=None)),
+        program=SimpleNamespace(
+            module=SimpleNamespace(layout=None),
+            objective=SimpleNamespace(params=lambda trained, frozen: trained),
+            frozen={},
+        ),
     )
     console = SimpleNamespace(close=lambda: None, write=lambda _: None)
     prepared = SimpleNamespace(tokenizer_config=config.Tokenizer("byte"))

@@ -89,7 +89,7 @@ def main() -> None:
             layout = sharding.make(laid_out.mesh, aot.devices(slice_))
             size = laid_out.train.batch_size
             store = SimpleNamespace(train=Rows(size), validation=Rows(size))
-            tokenizer = SimpleNamespace(bos=-1)
+            tokenizer = SimpleNamespace(bos=-1, eos=-2)
             prepared = SimpleNamespace(
                 sources=[SimpleNamespace(name="text", store=store)], tokenizer=tokenizer
             )

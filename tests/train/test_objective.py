@@ -49,6 +49,7 @@ def regression() -> Objective:
         init=lambda key: {"w_D": jnp.zeros(D)},
         letters={"w_D": "D"},
         frozen={"offset": jax.ShapeDtypeStruct((), jnp.float32)},
+        params=lambda trained, frozen: trained,
         batch=lambda run, layout: Points(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in (B, D))),
     )
 
