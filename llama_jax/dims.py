@@ -26,6 +26,7 @@ LETTERS = {
     "B": Letter("batch", "rows", "", "train.batch_size / train.microbatches"),
     "T": Letter("query positions", "positions", "", "data.seq_len"),
     "S": Letter("key positions", "positions"),
+    "M": Letter("states of a memory", "positions"),
     "D": Letter("model width", "narrow", "dim", "model.dim"),
     "N": Letter("query heads", "wide", "heads", "model.heads"),
     "K": Letter("key and value heads", "wide", "kv_heads", "model.kv_heads"),

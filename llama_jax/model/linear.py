@@ -23,8 +23,8 @@ def linear(module: nn.Module, name: str, letters: str, x: jax.Array, role: str) 
     inputs, weights, outputs = letters.replace("->", ",").split(",")
     w = param(module, name, weights, initial(module.config, role))
     if module.is_mutable_collection(INPUTS) and not module.is_initializing():
-        contracted = "".join(letter for letter in weights if letter in inputs)
-        module.put_variable(INPUTS, name, jnp.einsum(f"{inputs}->BT{contracted}", x))
+        rows, contracted = _rows_and_contracted(inputs, weights)
+        module.put_variable(INPUTS, name, jnp.einsum(f"{inputs}->{rows}{contracted}", x))
     if isinstance(w, Quantised):
         return module.layout.made(product(letters, x, w), outputs)
     one_device = module.layout.mesh.size == 1
@@ -34,20 +34,26 @@ def linear(module: nn.Module, name: str, letters: str, x: jax.Array, role: str) 
 
 
 def _on_one_device(letters, x, w, layout):
-    """B and T are merged first.
+    """B and T (M of a memory) are merged first.
 
     With two contracted dimensions XLA:CPU writes a transposed copy of every activation for the gradient
     of w, a fifth of the step (LOG.md).
     """
     inputs, weights, outputs = letters.replace("->", ",").split(",")
-    contracted = "".join(letter for letter in weights if letter in inputs)
+    rows, contracted = _rows_and_contracted(inputs, weights)
     free = weights[len(contracted) :]
-    x = jnp.einsum(f"{inputs}->BT{contracted}", x)
+    x = jnp.einsum(f"{inputs}->{rows}{contracted}", x)
     B, T, *widths = x.shape
     width = math.prod(widths)
     out = x.reshape(B * T, width) @ w.reshape(width, -1)
     out = out.reshape(B, T, *w.shape[len(contracted) :])
-    return jnp.einsum(f"BT{free}->{outputs}", out)
+    return jnp.einsum(f"{rows}{free}->{outputs}", out)
+
+
+def _rows_and_contracted(inputs: str, weights: str) -> tuple[str, str]:
+    """The letters of x that the matrix does not have, such as "BT", and those that it is contracted along."""
+    rows = "".join(letter for letter in inputs if letter not in weights)
+    return rows, "".join(letter for letter in weights if letter in inputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
