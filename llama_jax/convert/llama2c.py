@@ -118,7 +118,8 @@ class _Run(NamedTuple):
 
 def _runs(version: int, model: config.Model, context: int, group: int, at: int) -> list[_Run]:
     """The whole file by arithmetic: a header may claim millions of layers."""
-    by_end = {_end(row.path): row for row in names.TABLE}
+    rows = (names.EMBEDDING, *names.ROWS["self"], names.NORM, names.OUTPUT)
+    by_end = {_end(row.path): row for row in rows}
     order = [*_LEGACY, "norm/scale", "rotary", "output"] if version == 0 else [*_NORMS, *_MATRICES]
     runs = []
     for end in order:

@@ -107,7 +107,7 @@ def model_of(params: dict, shards, pieces: int, folder: Path) -> tuple[config.Mo
 
 
 def _vocab_size(params: dict, shards, pieces: int) -> int:
-    embed, count = _first(shards, names.TABLE[0].meta + ".weight"), len(shards)
+    embed, count = _first(shards, names.EMBEDDING.meta + ".weight"), len(shards)
     by_columns = count > 1 and embed.shape[1] * count == params["dim"]
     found = embed.shape[0] if by_columns else embed.shape[0] * count
     stated = params.get("vocab_size", -1)

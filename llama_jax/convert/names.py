@@ -1,4 +1,6 @@
-"""One table: every tensor of the text family, its name here, at Meta and at Hugging Face, its layouts.
+"""One table: every tensor of a network, its name here, at Meta and at Hugging Face, its layouts.
+
+Layers have the rows of their kind of block (`ROWS`); EMBEDDING, NORM and OUTPUT stand outside of them.
 
 Three layouts. Ours: a stacked array of the letters in `Row.letters`, contracted dimensions first.
 Torch's: a matrix [outputs, inputs], as Meta and Hugging Face store it; its letters are `Row.torch`,
@@ -18,7 +20,11 @@ from llama_jax import config, dims, tree
 
 
 class Row(NamedTuple):
-    """A tensor, or one for every layer. `{layer}` in the names and `{block}` in the path stand for it."""
+    """A tensor, or one for every layer of a kind of block.
+
+    In the names `{layer}` stands for its index among all layers, `{number}` for that among those of its kind,
+    and in the path `{block}` for its block.
+    """
 
     path: str  # in the parameter tree
     letters: str  # of one layer's array in the tree
@@ -29,14 +35,17 @@ class Row(NamedTuple):
     pairs: bool = False  # rows are rotary pairs
 
 
-TABLE = (
-    Row("embed", "VD", "V D", "tok_embeddings", "model.embed_tokens", "V"),
-    *(
+EMBEDDING = Row("embed", "VD", "V D", "tok_embeddings", "model.embed_tokens", "V")
+NORM = Row("norm/scale", "D", "D", "norm", "model.norm", "")
+OUTPUT = Row("output", "DV", "V D", "output", "lm_head", "V")
+# Of one layer, by kind of block.
+ROWS = {
+    "self": tuple(
         Row(
             f"groups/{{block}}/{path}",
             letters,
             torch,
-            f"layers.{{layer}}.{meta}",
+            f"layers.{{number}}.{meta}",
             f"model.layers.{{layer}}.{hf}",
             split,
             pairs,
@@ -52,10 +61,8 @@ TABLE = (
             ("ffn/up", "DF", "F D", "feed_forward.w3", "mlp.up_proj", "F", False),
             ("ffn/down", "FD", "D F", "feed_forward.w2", "mlp.down_proj", "F", False),
         )
-    ),
-    Row("norm/scale", "D", "D", "norm", "model.norm", ""),
-    Row("output", "DV", "V D", "output", "lm_head", "V"),
-)
+    )
+}
 
 
 class Unit(NamedTuple):
@@ -70,25 +77,31 @@ class Unit(NamedTuple):
 
 
 def units(model: config.Model) -> list[Unit]:
-    """Every tensor of a model, in the order of the computation."""
-    found = [unit_of(TABLE[0], 0, model)]
+    """Every tensor of a model, in the order of the computation.
+
+    ValueError if a kind of block has no rows.
+    """
+    found = [unit_of(EMBEDDING, 0, model)]
     for layer in range(model.layers):
-        found += [unit_of(row, layer, model) for row in TABLE if "{layer}" in row.hf]
-    found.append(unit_of(TABLE[-2], 0, model))
-    return found if model.output == "tied" else [*found, unit_of(TABLE[-1], 0, model)]
+        kind = model.pattern[layer % len(model.pattern)]
+        found += [unit_of(row, layer, model) for row in config.choose(ROWS, kind, "model.pattern")]
+    found.append(unit_of(NORM, 0, model))
+    return found if model.output == "tied" else [*found, unit_of(OUTPUT, 0, model)]
 
 
 def unit_of(row: Row, layer: int, model: config.Model) -> Unit:
     """The tensor of a row of the table in one layer."""
-    turn = layer % len(model.pattern)
+    group, turn = divmod(layer, len(model.pattern))
+    kind = model.pattern[turn]
+    number = group * model.pattern.count(kind) + model.pattern[:turn].count(kind)
     inside = "{layer}" in row.hf
     return Unit(
         row,
         layer,
-        row.meta.format(layer=layer) + ".weight",
-        row.hf.format(layer=layer) + ".weight",
-        row.path.format(block=f"{model.pattern[turn]}_{turn}"),
-        layer // len(model.pattern) if inside else -1,
+        row.meta.format(layer=layer, number=number) + ".weight",
+        row.hf.format(layer=layer, number=number) + ".weight",
+        row.path.format(block=f"{kind}_{turn}"),
+        group if inside else -1,
     )
 
 

@@ -230,7 +230,7 @@ def test_an_output_matrix_that_is_a_copy_of_the_embedding_is_tied(tmp_path, part
 
     def copied(unit, *rest):
         return own(
-            names.unit_of(names.TABLE[0], 0, model) if unit.row.path == "output" else unit, *rest
+            names.unit_of(names.EMBEDDING, 0, model) if unit.row.path == "output" else unit, *rest
         )
 
     monkeypatch.setattr(synthetic, "tensor", copied)
