@@ -15,6 +15,7 @@ import numpy as np
 from llama_jax import config
 from llama_jax.decode import sample
 from llama_jax.model import cache, logprobs, transformer
+from llama_jax.model.context import Cached
 from llama_jax.model.transformer import Transformer
 
 CHUNKS = (16, 64, 256, 512)  # tokens of a prompt at a time
@@ -64,9 +65,9 @@ class Engine:
     def rows(self, number: int, length: int) -> Rows:
         """Idle rows for texts of at most `length` tokens."""
         module, decode = self.module, self.decode
-        kind = module.config.compute_dtype if decode.cache == "compute" else decode.cache
+        dtype = module.config.compute_dtype if decode.cache == "compute" else decode.cache
         number = spread_rows(module, number)
-        kept = cache.empty(module, number, places(module.config, length), kind)
+        kept = cache.empty(module, dtype, B=number, S=places(module.config, length))
 
         def rest():
             seen = None
@@ -95,7 +96,7 @@ class Engine:
         has slots, unless attention has a window.
         """
         said, seen_V = None, None
-        slots = cache.places_of(rows.cache)
+        slots = cache.slots(self.module, rows.cache)
         if len(tokens) > slots and not self.window:
             raise ValueError(
                 f"row {row}: a prompt of {len(tokens)} tokens needs as many cache slots, but there are "
@@ -159,11 +160,11 @@ def begin(module, params, sampling, rows: Rows, tokens_T, start, length, row, ke
     T, copies = tokens_T.shape[0], module.layout.row_parts
     of_row = jax.tree.map(lambda held: held[row][None].repeat(copies, 0), rows.cache)
     positions_BT = jnp.broadcast_to(start + jnp.arange(T), (copies, T))
-    real_BT = jnp.broadcast_to(jnp.arange(T) < length, (copies, T)).astype(jnp.int32)
+    real_BT = jnp.broadcast_to(jnp.arange(T) < length, (copies, T))
     tokens_BT = jnp.broadcast_to(tokens_T, (copies, T))
     hidden, changed = module.apply(
-        {"params": params, cache.CACHE: of_row}, tokens_BT, positions_BT, real_BT,
-        cache.places_of(rows.cache), mutable=[cache.CACHE],
+        {"params": params, cache.CACHE: of_row}, tokens_BT, positions_BT, Cached(real_BT),
+        mutable=[cache.CACHE],
     )  # fmt: skip
     last = hidden._replace(x_BTD=jax.lax.dynamic_slice_in_dim(hidden.x_BTD, length - 1, 1, axis=1))
     logits_1V = transformer.logits(last)[:1, 0]
@@ -200,7 +201,7 @@ def advance(module, params, sampling, rows: Rows, steps: int):
 
 def placed(module, rows: Rows) -> Rows:
     """As `Engine.rows` places them."""
-    kept = cache.placed(module.layout, rows.cache)
+    kept = cache.placed(module, rows.cache)
     rest = jax.lax.with_sharding_constraint(rows[1:], module.layout.replicated)
     return Rows(kept, *rest)
 
@@ -217,10 +218,10 @@ def copy(held, source, to):
 
 def step(module, params, rows: Rows) -> tuple[jax.Array, Rows]:
     """Logits of the next token of every row; the last one is in the cache, and the position its."""
-    real_B = (rows.position_B >= 0).astype(jnp.int32)
+    real_B = rows.position_B >= 0
     hidden, changed = module.apply(
         {"params": params, cache.CACHE: rows.cache}, rows.token_B[:, None],
-        rows.position_B[:, None], real_B[:, None], cache.places_of(rows.cache), mutable=[cache.CACHE],
+        rows.position_B[:, None], Cached(real_B[:, None]), mutable=[cache.CACHE],
     )  # fmt: skip
     logits_BV = transformer.logits(hidden)[:, 0]
     return logits_BV, rows._replace(cache=changed[cache.CACHE], position_B=rows.position_B + real_B)

@@ -14,6 +14,7 @@ from llama_jax.decode import engine as engines
 from llama_jax.decode import sample
 from llama_jax.decode.engine import Engine, Rows, Said
 from llama_jax.model import cache, transformer
+from llama_jax.model.context import Cached
 
 
 class Both(NamedTuple):
@@ -77,13 +78,13 @@ def advance(networks, params, sampling, rows: Both, proposals: int):
     X = proposals
     draft_rows, proposed_BX, draft_BXV = _propose(draft, draft_params, sampling, rows.draft, X)
     start_B = rows.target.position_B
-    real_B = (start_B >= 0).astype(jnp.int32)
+    real_B = start_B >= 0
     tokens_BY = jnp.concatenate([rows.target.token_B[:, None], proposed_BX], axis=1)  # Y = X + 1
     positions_BY = jnp.where(real_B[:, None], start_B[:, None] + jnp.arange(X + 1), -1)
     real_BY = jnp.broadcast_to(real_B[:, None], positions_BY.shape)
     hidden, changed = target.apply(
-        {"params": target_params, cache.CACHE: rows.target.cache}, tokens_BY, positions_BY, real_BY,
-        cache.places_of(rows.target), mutable=[cache.CACHE],
+        {"params": target_params, cache.CACHE: rows.target.cache}, tokens_BY, positions_BY,
+        Cached(real_BY), mutable=[cache.CACHE],
     )  # fmt: skip
     logits_BYV = transformer.logits(hidden)
     keys_BY = engines.keys_at(rows.target.key_B[:, None], positions_BY + 1)

@@ -17,6 +17,7 @@ import numpy as np
 
 from llama_jax.decode import engine, prefix
 from llama_jax.model import cache, logprobs, transformer
+from llama_jax.model.context import Cached
 from llama_jax.model.transformer import Hidden, Transformer
 
 ROWS = 16
@@ -128,21 +129,21 @@ def _read_all(module, params, requests, rows: int) -> Iterator[tuple[int, Likeli
     length = max(len(context) + len(tokens) for context, tokens in requests)
     # With a window a cache could be smaller, but then a row could not go back to where paths part.
     slots = engine.places(dataclasses.replace(module.config, window=0), length)
-    empty = functools.partial(cache.empty, module, places=slots, kind=module.config.compute_dtype)
+    empty = functools.partial(cache.empty, module, module.config.compute_dtype, S=slots)
     if len(first.tokens):
         parts = module.layout.row_parts
         copies = [[first._replace(queries=[])] for _ in range(parts - 1)]
-        kept = yield from _read_rows(module, params, empty(parts), [[first], *copies], answers)
+        kept = yield from _read_rows(module, params, empty(B=parts), [[first], *copies], answers)
         kept = _repeat(module, kept, len(paths) // parts)
     else:
-        kept = empty(len(paths))
+        kept = empty(B=len(paths))
     yield from _read_rows(module, params, kept, paths, answers)
     yield from answers.done()
 
 
 def _read_rows(module, params, kept, paths: list[list[_Path]], answers: "_Answers"):
     """Yield what is done while each row reads its paths, and return the cache after that."""
-    B, slots = len(paths), cache.places_of(kept)
+    B, slots = len(paths), cache.slots(module, kept)
     sizes = [T for T in SIZES if B * T * slots <= engine.SCORES] or [SIZES[0]]
     waiting = [deque(row) for row in paths]
     at = [row[0].start if row else 0 for row in paths]  # of the path that is being read
@@ -213,19 +214,17 @@ def _read(module: Transformer, params, kept, tokens_BT, start_B, count_B):
     """Final states [B, T, D] of the first `count_B` tokens of each row, and the cache with them."""
     offset_T = jnp.arange(tokens_BT.shape[1])
     positions_BT = start_B[:, None] + offset_T
-    real_BT = (offset_T < count_B[:, None]).astype(jnp.int32)
+    real_BT = offset_T < count_B[:, None]
     hidden, changed = module.apply(
-        {"params": params, cache.CACHE: kept}, tokens_BT, positions_BT, real_BT,
-        cache.places_of(kept), mutable=[cache.CACHE],
+        {"params": params, cache.CACHE: kept}, tokens_BT, positions_BT, Cached(real_BT),
+        mutable=[cache.CACHE],
     )  # fmt: skip
-    return hidden.x_BTD, cache.placed(module.layout, changed[cache.CACHE])
+    return hidden.x_BTD, cache.placed(module, changed[cache.CACHE])
 
 
 @functools.partial(jax.jit, static_argnames=("module", "times"))
 def _repeat(module: Transformer, kept, times: int):
-    return cache.placed(
-        module.layout, jax.tree.map(lambda held: jnp.repeat(held, times, axis=0), kept)
-    )
+    return cache.placed(module, jax.tree.map(lambda held: jnp.repeat(held, times, axis=0), kept))
 
 
 @functools.partial(jax.jit, static_argnames="module")

@@ -7,11 +7,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax import config
 from llama_jax.model import cache
+from llama_jax.model.context import Cached, Context
 from llama_jax.model.init import param
 from llama_jax.model.kernels import KERNELS, Scores
 from llama_jax.model.linear import linear
 from llama_jax.model.norm import NORMS
-from llama_jax.model.position import Where, rotate
+from llama_jax.model.position import rotate
 from llama_jax.sharding import Layout
 
 
@@ -20,8 +21,8 @@ class Attention(nn.Module):
     layout: Layout
 
     @nn.compact
-    def __call__(self, x_BTD, where: Where, segments_BT):
-        config, act = self.config, self.layout.act
+    def __call__(self, x_BTD, context: Context):
+        config, act, where = self.config, self.layout.act, context.where
         q_BNTH = act(linear(self, "q", "BTD,DNH->BNTH", x_BTD, "inner"), "BNTH")
         k_BKTH = act(linear(self, "k", "BTD,DKH->BKTH", x_BTD, "inner"), "BKTH")
         v_BKTH = act(linear(self, "v", "BTD,DKH->BKTH", x_BTD, "inner"), "BKTH")
@@ -37,10 +38,10 @@ class Attention(nn.Module):
         k_BKTH = checkpoint_name(rotate(k_BKTH, where.turns), "k")
         v_BKTH = checkpoint_name(v_BKTH, "v")
         scores, qkv = Scores(config.window, config.softcap, where.bias_NS), (q_BNTH, k_BKTH, v_BKTH)
-        if where.positions_BT is None:
-            out_BNTH = KERNELS[config.kernel](*qkv, segments_BT, self.layout, scores)
+        if isinstance(context.keys, Cached):
+            out_BNTH = cache.attend(self, *qkv, context, scores)
         else:
-            out_BNTH = cache.attend(self, *qkv, where.positions_BT, segments_BT, scores)
+            out_BNTH = KERNELS[config.kernel](*qkv, context.keys, self.layout, scores)
         out_BNTH = act(out_BNTH, "BNTH")
         out_BTD = linear(self, "o", "BNTH,NHD->BTD", out_BNTH, "residual")
         if config.bias == "all":

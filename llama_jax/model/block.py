@@ -1,4 +1,8 @@
-"""One layer: attention and a feed-forward network, each added to the residual stream x."""
+"""One layer: attention and a feed-forward network, each added to the residual stream x.
+
+A kind of block is an entry of BLOCKS, and of the tables by kind of block: what it costs (analysis/flops.py,
+memory.py), and what its tensors are called elsewhere (convert/names.py).
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,10 +11,11 @@ import flax.linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax import config
+from llama_jax.model import cache
 from llama_jax.model.attention import Attention
+from llama_jax.model.context import Context
 from llama_jax.model.ffn import FFNS
 from llama_jax.model.norm import NORMS
-from llama_jax.model.position import Where
 from llama_jax.sharding import Layout
 
 
@@ -21,14 +26,12 @@ class SelfBlock(nn.Module):
     layout: Layout
 
     @nn.compact
-    def __call__(self, x_BTD, where: Where, segments_BT):
+    def __call__(self, x_BTD, context: Context):
         def norm(name, x_BTD):
             return NORMS[self.config.norm](self.config, self.layout, name=name)(x_BTD)
 
         def attention(x_BTD):
-            out_BTD = Attention(self.config, self.layout, name="attention")(
-                x_BTD, where, segments_BT
-            )
+            out_BTD = Attention(self.config, self.layout, name="attention")(x_BTD, context)
             return checkpoint_name(self.layout.act(out_BTD, "BTD"), "attention_out")
 
         def ffn(x_BTD):
@@ -77,4 +80,15 @@ PLACEMENTS = {
     "peri": Placement(sandwich, norm_embedding=True),
     "parallel": Placement(parallel),
 }
-BLOCKS = {"self": SelfBlock}
+
+
+class Block(NamedTuple):
+    """A kind of block: `module(config, layout, name=...)` maps x_BTD and a `Context` to x_BTD."""
+
+    module: Callable
+    caches: dict[
+        str, dict[str, str]
+    ]  # by submodule and name: the letters of what it caches (cache.py)
+
+
+BLOCKS = {"self": Block(SelfBlock, {"attention": cache.KEYS_AND_VALUES})}

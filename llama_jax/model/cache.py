@@ -1,92 +1,131 @@
-"""Keys and values of the text so far, so that a new token costs the work of one position.
+"""Keys and values of the sequence so far, so that a new token costs the work of one position.
 
-A cache is the collection "cache" of a network's variables: for each layer the keys and values of S places in
-each of B rows. The token at position p of a row is kept at place p mod S: as long as a row has at most S
-tokens they are all there, after that the oldest gives way. A row is extended at its end, or from any earlier
-position on, whose later tokens are then forgotten.
+A cache is the collection "cache" of a network's variables. What a kind of block caches is in block.BLOCKS, as
+letters; `empty` makes the cache of any pattern. Self-attention keeps keys and values in S slots for each of B
+sequences. The token at position p of a sequence is kept in slot p mod S: as long as a sequence has at most S
+tokens they are all there, after that the oldest gives way. A sequence is extended at its end, or from any
+earlier position on, whose later tokens are then forgotten.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from llama_jax import tree
+from llama_jax import dims
 from llama_jax.model import kernels
+from llama_jax.model.context import Context
 from llama_jax.model.kernels import Scores
 
 CACHE = "cache"
-FEW = 16  # rows that are written one by one
-# How each part lies: keys as the product with queries reads them, else XLA:CPU turns them at each token.
-LETTERS = {"k": "BKHS", "v": "BKSH", "k_scale": "BKS", "v_scale": "BKS"}
+FEW = 16  # sequences that are written one by one
+# What self-attention caches: keys as the product with queries reads them, else XLA:CPU transposes them at
+# each token.
+KEYS_AND_VALUES = {"k": "BKHS", "v": "BKSH"}
+SCALE = "_scale"  # ends the name of what int8 keys or values are multiplied by
 
 
-def empty(module, rows: int, places: int, kind: str) -> dict[str, Any]:
-    """The cache of a network (`unstacked`) before the first token. `kind`: a dtype, or "int8".
+def empty(module, dtype: str, **sizes: int) -> dict[str, Any]:
+    """The cache of a network (`unstacked`) before the first token: `empty(module, "bfloat16", B=3, S=128)`.
 
-    int8 has a float32 scale for each key and value of a head.
+    sizes: of the letters that no setting of the model fixes. dtype: of keys and values; "int8" ones have a
+    float32 scale for each of a head. ValueError if a size is missing that some block of the pattern needs.
     """
-    shapes = abstract(module, rows, places, kind)
+    shapes = abstract(module, dtype, **sizes)
     zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)  # noqa: E731
     return jax.jit(zeros, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))()
 
 
-def abstract(module, rows: int, places: int, kind: str) -> dict[str, Any]:
-    """Shapes, types and places of a cache; no memory."""
+def abstract(module, dtype: str, **sizes: int) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of a cache; no memory."""
     model, layout = module.config, module.layout
-    layout.check_rows(rows)
-    heads = layout.key_heads(model.kv_heads)
-    size = {"B": rows, "K": heads, "S": places, "H": model.head_dim}
-    dtypes = {"k": jnp.dtype(kind), "v": jnp.dtype(kind)}
-    if kind == "int8":
-        dtypes |= {"k_scale": jnp.dtype("float32"), "v_scale": jnp.dtype("float32")}
-    of_layer = {
-        name: jax.ShapeDtypeStruct(
-            [size[letter] for letter in LETTERS[name]], dtype, sharding=layout.cache(LETTERS[name])
-        )
-        for name, dtype in dtypes.items()
+    layout.check_rows(sizes["B"])
+    size = {**dims.sizes(model), "K": layout.key_heads(model.kv_heads), **sizes}
+
+    def array(letters: str, dtype) -> jax.ShapeDtypeStruct:
+        if missing := [letter for letter in letters if letter not in size]:
+            words = ", ".join(f"{letter} ({dims.LETTERS[letter].words})" for letter in missing)
+            raise ValueError(
+                f"the cache of model.pattern={model.pattern} needs a size of {words}; given: {sizes}"
+            )
+        shape = [size[letter] for letter in letters]
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.cache(letters))
+
+    def arrays(caches: dict[str, str]) -> dict[str, jax.ShapeDtypeStruct]:
+        made = {name: array(letters, jnp.dtype(dtype)) for name, letters in caches.items()}
+        if dtype == "int8":
+            scales = {name + SCALE: _of_scale(letters) for name, letters in caches.items()}
+            made |= {name: array(letters, jnp.float32) for name, letters in scales.items()}
+        return made
+
+    group = {
+        block: {part: arrays(caches) for part, caches in parts.items()}
+        for block, parts in module.caches.items()
     }
-    blocks = {f"{block}_{j}": {"attention": of_layer} for j, block in enumerate(model.pattern)}
-    return {f"group_{i}": blocks for i in range(model.groups)}
+    return {f"group_{i}": group for i in range(model.groups)}
 
 
-def placed(layout, kept: Any) -> Any:
+def placed(module, held: Any) -> Any:
     """A cache, constrained inside jit to where `empty` puts it."""
-    constrain = jax.lax.with_sharding_constraint
-    return jax.tree_util.tree_map_with_path(
-        lambda path, held: constrain(held, layout.cache(LETTERS[path[-1].key])), kept
-    )
+
+    def constrain(path, array):
+        place = module.layout.cache(_letters(module, path))
+        return jax.lax.with_sharding_constraint(array, place)
+
+    return jax.tree.map_with_path(constrain, held)
 
 
-def places_of(kept: Any) -> int:
-    """S of a cache, with rows or without."""
-    return next(leaf for path, leaf in tree.paths(kept).items() if path.endswith("/k")).shape[-1]
+def slots(module, held: Any) -> int:
+    """S of a cache, with B or without."""
+    for path, array in jax.tree.leaves_with_path(held):
+        letters = _letters(module, path)
+        if "S" in letters:
+            return array.shape[letters.index("S") - len(letters)]
+    raise ValueError(f"no block of model.pattern={module.config.pattern} caches past positions")
 
 
-def without_rows(kept: Any) -> Any:
-    """The cache of one row without B, for calls of one token: with B, XLA:CPU copies half of it each time."""
-    return jax.tree.map(lambda held: held[0], kept)
+def without_rows(held: Any) -> Any:
+    """The cache of one sequence without B, for calls of one token: with B, XLA:CPU copies half of it."""
+    return jax.tree.map(lambda array: array[0], held)
 
 
-def with_rows(kept: Any) -> Any:
+def with_rows(held: Any) -> Any:
     """The inverse."""
-    return jax.tree.map(lambda held: held[None], kept)
+    return jax.tree.map(lambda array: array[None], held)
 
 
-def attend(module, q_BNTH, k_BKTH, v_BKTH, positions_BT, segments_BT, scores: Scores):
+def _letters(module, path) -> str:
+    """Of the array at .../self_0/attention/k_scale."""
+    block, part, name = (key.key for key in path[-3:])
+    letters = module.caches[block][part][name.removesuffix(SCALE)]
+    return _of_scale(letters) if name.endswith(SCALE) else letters
+
+
+def _of_scale(letters: str) -> str:
+    return letters.replace("H", "")
+
+
+def attend(module, q_BNTH, k_BKTH, v_BKTH, context: Context, scores: Scores):
     """Keep new keys and values, and attend to all that are kept: [B, N, T, H].
 
-    Tokens of segment 0 are padding: they are not kept, and what comes out for them means nothing. Positions
-    of the others rise by one.
+    Padding (`Cached`) is not kept, and what comes out for it means nothing. The positions of the other tokens
+    rise by one.
     """
+    positions_BT, real_BT = context.positions_BT, context.keys.real_BT
     q_BNTH, k_BKTH, v_BKTH = module.layout.heads(q_BNTH, k_BKTH, v_BKTH)
-    real_BT = segments_BT > 0
+    *_, S = module.get_variable(CACHE, "k").shape
+    slots_BT = jnp.where(real_BT, positions_BT % S, S)  # beyond the last slot nothing is written
+
+    def extend(held, new, letters):
+        return _extended(held, new, letters, slots_BT)
+
     k_BKHT = jnp.einsum("BKTH->BKHT", k_BKTH)
-    k_BKSH = jnp.einsum("BKHS->BKSH", _kept(module, "k", k_BKHT, positions_BT, real_BT))
-    v_BKSH = _kept(module, "v", v_BKTH, positions_BT, real_BT)
-    S = k_BKSH.shape[2]
+    k_BKHS = keep(module, "k", KEYS_AND_VALUES["k"], k_BKHT, extend)
+    v_BKSH = keep(module, "v", KEYS_AND_VALUES["v"], v_BKTH, extend)
+    k_BKSH = jnp.einsum("BKHS->BKSH", k_BKHS)
     last_B1 = jnp.max(jnp.where(real_BT, positions_BT, -1), axis=1, keepdims=True)
-    kept_BS = last_B1 - (last_B1 - jnp.arange(S)) % S  # the position whose token each place holds
+    kept_BS = last_B1 - (last_B1 - jnp.arange(S)) % S  # the position whose token each slot holds
     back_BTS = positions_BT[:, :, None] - kept_BS[:, None, :]
     visible_BTS = (kept_BS[:, None, :] >= 0) & (back_BTS >= 0)
     if scores.window:
@@ -97,38 +136,50 @@ def attend(module, q_BNTH, k_BKTH, v_BKTH, positions_BT, segments_BT, scores: Sc
     return kernels.attend(q_BNTH, k_BKSH, v_BKSH, visible_BTS, scores.softcap, bias_BNTS)
 
 
-def _kept(module, name, new, positions_BT, real_BT):
-    """All keys, or values, of the rows, in the letters and the dtype of the new ones."""
-    held = module.get_variable(CACHE, name)
-    S = held.shape[LETTERS[name].index("S") - len(LETTERS[name])]
-    places_BT = jnp.where(real_BT, positions_BT % S, S)  # beyond the last place nothing is written
+def keep(module, name: str, letters: str, new: jax.Array, write: Callable) -> jax.Array:
+    """Write keys or values of a layer into its cache, and return all that it holds, in the dtype of `new`.
 
-    def extended(name, new):
+    letters: of the cached array, such as "BKHS". write(held, new, letters) -> held, of the array and of the
+    scales of int8; `held` is without B where the cache is.
+    """
+    parts = {name: new}
+    if module.get_variable(CACHE, name).dtype == jnp.int8:
+        of_head = letters.index("H")
+        scale = jnp.max(jnp.abs(new.astype(jnp.float32)), axis=of_head) / 127
+        integers = jnp.round(new / jnp.expand_dims(jnp.maximum(scale, 1e-30), of_head))
+        parts = {name: integers, name + SCALE: scale}
+    for part, array in parts.items():
+        held = module.get_variable(CACHE, part)
+        of_part = letters if part == name else _of_scale(letters)
+        module.put_variable(CACHE, part, write(held, array.astype(held.dtype), of_part))
+    return kept(module, name, letters, new.dtype)
+
+
+def kept(module, name: str, letters: str, dtype) -> jax.Array:
+    """The keys or values in a layer's cache, with B."""
+
+    def array(name: str, letters: str) -> jax.Array:
         held = module.get_variable(CACHE, name)
-        held = _write(held, new.astype(held.dtype), LETTERS[name], places_BT)
-        module.put_variable(CACHE, name, held)
-        return held if held.ndim == new.ndim else held[None]
+        return held if held.ndim == len(letters) else held[None]
 
+    held = array(name, letters)
     if held.dtype != jnp.int8:
-        return extended(name, new).astype(new.dtype)
-    of_head = LETTERS[name].index("H")
-    scale_BKT = jnp.max(jnp.abs(new.astype(jnp.float32)), axis=of_head) / 127
-    whole = jnp.round(new / jnp.expand_dims(jnp.maximum(scale_BKT, 1e-30), of_head))
-    values, scale_BKS = extended(name, whole), extended(f"{name}_scale", scale_BKT)
-    return (values * jnp.expand_dims(scale_BKS, of_head)).astype(new.dtype)
+        return held.astype(dtype)
+    scale = array(name + SCALE, _of_scale(letters))
+    return (held * jnp.expand_dims(scale, letters.index("H"))).astype(dtype)
 
 
-def _write(held, new, letters, places_BT):
-    """`held`, with B or of one row without, extended by `new`, which has T in the place of S.
+def _extended(held, new, letters, slots_BT):
+    """`held`, with B or of one sequence without, extended by `new`, which has T in the place of S.
 
     Padding, the token of an idle row, goes nowhere where several are written at once; else to the last
-    place, which decode/engine.py leaves free.
+    slot, which decode/engine.py leaves free.
     """
-    B, T = places_BT.shape
+    B, T = slots_BT.shape
     along = letters.index("S")
 
     def at(row):
-        return (row, *(0,) * (along - 1), places_BT[row, 0], *(0,) * (new.ndim - along - 1))
+        return (row, *(0,) * (along - 1), slots_BT[row, 0], *(0,) * (new.ndim - along - 1))
 
     if held.ndim < new.ndim:
         return jax.lax.dynamic_update_slice(held, new[0], at(0)[1:])
@@ -136,5 +187,5 @@ def _write(held, new, letters, places_BT):
         for row in range(B):
             held = jax.lax.dynamic_update_slice(held, new[row : row + 1], at(row))
         return held
-    index = (jnp.arange(B)[:, None], *(slice(None),) * (along - 1), places_BT)
+    index = (jnp.arange(B)[:, None], *(slice(None),) * (along - 1), slots_BT)
     return held.at[index].set(jnp.moveaxis(new, along, 1), mode="drop")

@@ -1,8 +1,7 @@
 """Causal grouped-query attention, in ways that differ in speed and memory, never in numbers.
 
-Every kernel maps q_BNTH, k_BKSH, v_BKSH, segments_BT (0 is padding; a query sees only keys of its own
-segment; None: one segment), the layout and the scores' rule to [B, N, T, H]; S = T. Scores and softmax are
-float32.
+Every kernel maps q_BNTH, k_BKSH, v_BKSH, the segments (`OneSegment` or `Segments`: a query sees only keys of
+its own), the layout and the scores' rule to [B, N, T, H]; S = T. Scores and softmax are float32.
 """
 
 import functools
@@ -15,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax import config
 from llama_jax.model import mask
+from llama_jax.model.context import Segments
 from llama_jax.model.position import BIASED
 from llama_jax.sharding import Layout
 
@@ -38,9 +38,9 @@ class Scores(NamedTuple):
 USUAL = Scores()
 
 
-def reference(q_BNTH, k_BKSH, v_BKSH, segments_BT, layout: Layout, scores: Scores = USUAL):
+def reference(q_BNTH, k_BKSH, v_BKSH, segments, layout: Layout, scores: Scores = USUAL):
     """softmax(q k / sqrt(H)) v over the whole square (arXiv:1706.03762 eq. 1, arXiv:2305.13245)."""
-    visible_BTS = mask.causal(0, q_BNTH.shape[2], segments_BT, window=scores.window)
+    visible_BTS = mask.causal(0, q_BNTH.shape[2], segments, window=scores.window)
     q_BNTH, k_BKSH, v_BKSH = layout.heads(q_BNTH, k_BKSH, v_BKSH)
     bias_NTS, whole = None, slice(0, q_BNTH.shape[2])
     if scores.bias_NS is not None:
@@ -83,7 +83,7 @@ def _by_distance(bias_NS, rows: slice, keys: slice):
     return moved.reshape(N, T, T + S - 1)[:, :, :S]
 
 
-def blockwise(q_BNTH, k_BKSH, v_BKSH, segments_BT, layout: Layout, scores: Scores = USUAL):
+def blockwise(q_BNTH, k_BKSH, v_BKSH, segments, layout: Layout, scores: Scores = USUAL):
     """One block of queries at a time, against the keys up to its end: half the square is skipped.
 
     Never stores T x S scores (arXiv:2112.05682); the backward pass computes each block's again
@@ -93,15 +93,15 @@ def blockwise(q_BNTH, k_BKSH, v_BKSH, segments_BT, layout: Layout, scores: Score
     B, N, T, H = q_BNTH.shape
     K = k_BKSH.shape[1]
     q_BKGTH = (q_BNTH * H**-0.5).reshape(B, K, N // K, T, H)
-    out_BKGTH = _blocks(q_BKGTH, k_BKSH, v_BKSH, segments_BT, *reversed(scores))
+    out_BKGTH = _blocks(q_BKGTH, k_BKSH, v_BKSH, segments, *reversed(scores))
     return out_BKGTH.reshape(B, N, T, H)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _blocks(q_BKGTH, k_BKSH, v_BKSH, segments_BT, bias_NS, softcap, window):
+def _blocks(q_BKGTH, k_BKSH, v_BKSH, segments, bias_NS, softcap, window):
     blocks = []
     G = q_BKGTH.shape[2]
-    for rows, keys, visible_BXS in _causal_blocks(G, k_BKSH, segments_BT, window):
+    for rows, keys, visible_BXS in _causal_blocks(G, k_BKSH, segments, window):
         bias_KXS = _block_bias(bias_NS, rows, keys, G)
         weights_BKXS, _ = _weights(
             _block(q_BKGTH, rows), k_BKSH[:, :, keys], visible_BXS, bias_KXS, softcap
@@ -113,21 +113,21 @@ def _blocks(q_BKGTH, k_BKSH, v_BKSH, segments_BT, bias_NS, softcap, window):
     return jnp.concatenate(blocks, axis=3)
 
 
-def _blocks_forward(q_BKGTH, k_BKSH, v_BKSH, segments_BT, bias_NS, softcap, window):
-    out_BKGTH = _blocks(q_BKGTH, k_BKSH, v_BKSH, segments_BT, bias_NS, softcap, window)
+def _blocks_forward(q_BKGTH, k_BKSH, v_BKSH, segments, bias_NS, softcap, window):
+    out_BKGTH = _blocks(q_BKGTH, k_BKSH, v_BKSH, segments, bias_NS, softcap, window)
     out_BKGTH = checkpoint_name(out_BKGTH, "attended")
-    return out_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, segments_BT, bias_NS, out_BKGTH)
+    return out_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, segments, bias_NS, out_BKGTH)
 
 
 def _blocks_backward(softcap, window, saved, slope_BKGTH):
     """With p the weights and dp = slope v: d scores = p (dp - sum_S p dp), and that sum is slope . out."""
-    q_BKGTH, k_BKSH, v_BKSH, segments_BT, bias_NS, out_BKGTH = saved
+    q_BKGTH, k_BKSH, v_BKSH, segments, bias_NS, out_BKGTH = saved
     G = q_BKGTH.shape[2]
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     sums_BKGT1 = product("BKGTH,BKGTH->BKGT", slope_BKGTH, out_BKGTH)[..., None]
     q_slopes, k_slope, v_slope = [], 0.0, 0.0
     bias_slope = None if bias_NS is None else 0.0
-    for rows, keys, visible_BXS in _causal_blocks(G, k_BKSH, segments_BT, window):
+    for rows, keys, visible_BXS in _causal_blocks(G, k_BKSH, segments, window):
         q, slope, sums = (_block(x, rows) for x in (q_BKGTH, slope_BKGTH, sums_BKGT1))
         k, v = k_BKSH[:, :, keys], v_BKSH[:, :, keys]
         of_bias = functools.partial(_block_bias, rows=rows, keys=keys, G=G)
@@ -158,13 +158,13 @@ def _in_order(done, inputs_BKGTH):
     return jax.lax.optimization_barrier((done, inputs_BKGTH))
 
 
-def _causal_blocks(G, k_BKSH, segments_BT, window):
+def _causal_blocks(G, k_BKSH, segments, window):
     """(rows of T, their keys, which of those each of the G x T rows sees) of each block of queries."""
     length = k_BKSH.shape[2]
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
         low = max(0, start - window + 1) // BLOCK * BLOCK if window else 0
-        visible_BTS = mask.causal(start, stop, segments_BT, low, window)
+        visible_BTS = mask.causal(start, stop, segments, low, window)
         yield slice(start, stop), slice(low, stop), jnp.tile(visible_BTS, (1, G, 1))
 
 
@@ -195,7 +195,7 @@ def _weights(q_BKXH, k_BKSH, visible_BXS, bias_KXS, softcap):
     return jax.nn.softmax(scores_BKXS, axis=-1), capped_BKXS
 
 
-def splash(q_BNTH, k_BKSH, v_BKSH, segments_BT, layout: Layout, scores: Scores = USUAL):
+def splash(q_BNTH, k_BKSH, v_BKSH, segments, layout: Layout, scores: Scores = USUAL):
     """JAX's Pallas kernel for TPU v4 and later; each device attends with its own heads and rows."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -206,34 +206,36 @@ def splash(q_BNTH, k_BKSH, v_BKSH, segments_BT, layout: Layout, scores: Scores =
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     sizes = library.BlockSizes(**{f"block_{name}": block for name in names})
 
-    def local(q_BNTH, k_BKSH, v_BKSH, segments_BT):
+    def local(q_BNTH, k_BKSH, v_BKSH, segments):
         heads = masks.MultiHeadMask([masks.CausalMask((T, T))] * q_BNTH.shape[1])
         kernel = library.make_splash_mha(
             heads, block_sizes=sizes, head_shards=1, q_seq_shards=1,
             residual_checkpoint_name="attended",
             attn_logits_soft_cap=scores.softcap or None,
         )  # fmt: skip
-        own = None if segments_BT is None else library.SegmentIds(segments_BT, segments_BT)
+        own = None
+        if isinstance(segments, Segments):
+            own = library.SegmentIds(segments.segments_BT, segments.segments_BT)
         return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, own)
 
     scaled_BNTH = q_BNTH * q_BNTH.shape[-1] ** -0.5
-    return layout.on_own_heads(local, scaled_BNTH, k_BKSH, v_BKSH, segments_BT)
+    return layout.on_own_heads(local, scaled_BNTH, k_BKSH, v_BKSH, segments)
 
 
-def cudnn(q_BNTH, k_BKSH, v_BKSH, segments_BT, layout: Layout, scores: Scores = USUAL):
+def cudnn(q_BNTH, k_BKSH, v_BKSH, segments, layout: Layout, scores: Scores = USUAL):
     """NVIDIA's fused kernel (arXiv:2307.08691), for 16-bit types on GPUs; each device its own heads."""
 
-    def local(q_BNTH, k_BKSH, v_BKSH, segments_BT):
+    def local(q_BNTH, k_BKSH, v_BKSH, segments):
         q, k, v = (jnp.einsum("BNTH->BTNH", x) for x in (q_BNTH, k_BKSH, v_BKSH))
         visible = None
-        if segments_BT is not None:
-            visible = mask.causal(0, q.shape[1], segments_BT)[:, None]
+        if isinstance(segments, Segments):
+            visible = mask.causal(0, q.shape[1], segments)[:, None]
         out_BTNH = jax.nn.dot_product_attention(
             q, k, v, mask=visible, is_causal=True, implementation="cudnn"
         )
         return checkpoint_name(jnp.einsum("BTNH->BNTH", out_BTNH), "attended")
 
-    return layout.on_own_heads(local, q_BNTH, k_BKSH, v_BKSH, segments_BT)
+    return layout.on_own_heads(local, q_BNTH, k_BKSH, v_BKSH, segments)
 
 
 def check_length(kernel: str, length: int) -> None:

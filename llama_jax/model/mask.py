@@ -2,11 +2,13 @@
 
 import jax.numpy as jnp
 
+from llama_jax.model.context import OneSegment, Segments
+
 # Score of a hidden key: exp underflows to exactly 0. Not -inf, which makes NaN of a row that sees nothing.
 HIDDEN = -1e30
 
 
-def causal(start: int, stop: int, segments_BT=None, low: int = 0, window: int = 0):
+def causal(start: int, stop: int, segments: OneSegment | Segments, low: int = 0, window: int = 0):
     """Queries start..stop against keys low..stop: not after the query, of its own segment, and in its window.
 
     A window of w: the query's own key and the w - 1 before it (arXiv:2004.05150 section 3.1); 0: no
@@ -16,6 +18,7 @@ def causal(start: int, stop: int, segments_BT=None, low: int = 0, window: int = 
     visible = (query >= key)[None]
     if window:
         visible &= (query - key < window)[None]
-    if segments_BT is None:
+    if isinstance(segments, OneSegment):
         return visible
-    return visible & (segments_BT[:, start:stop, None] == segments_BT[:, None, low:stop])
+    own_BT = segments.segments_BT
+    return visible & (own_BT[:, start:stop, None] == own_BT[:, None, low:stop])

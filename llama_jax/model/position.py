@@ -19,12 +19,11 @@ from llama_jax.model.table import look_up
 
 
 class Where(NamedTuple):
-    """What layers need to know of positions; None: nothing of the kind."""
+    """What a scheme gives to the network; None: it gives nothing of the kind."""
 
     added_BTD: jax.Array | None = None  # to the embedding
     turns: tuple[jax.Array, jax.Array] | None = None  # cosine and sine, for queries and keys
     bias_NS: jax.Array | None = None  # float32, to the score of the key S positions back
-    positions_BT: jax.Array | None = None  # of the queries, where keys and values are cached
 
 
 def frequencies(head_dim: int, rope: config.Rope, dtype: type = np.float64) -> np.ndarray:

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax import config, tree
-from llama_jax.model import kernels
+from llama_jax.model import cache, kernels
 from llama_jax.model.block import BLOCKS, PLACEMENTS
+from llama_jax.model.context import Cached, Context, Keys, Memories, Memory, NoMemory, OneSegment
 from llama_jax.model.ffn import FFNS
 from llama_jax.model.init import INITS, initial, mup_ratio, param
 from llama_jax.model.norm import NORMS
-from llama_jax.model.position import POSITIONS, Where
+from llama_jax.model.position import POSITIONS
 from llama_jax.model.quantised import Quantised, product, spread
 from llama_jax.model.table import look_up
 from llama_jax.sharding import Layout
@@ -87,17 +88,17 @@ class Group(nn.Module):
     layout: Layout
 
     @nn.compact
-    def __call__(self, x_BTD, where: Where, segments_BT):
+    def __call__(self, x_BTD, context: Context):
         for i, kind in enumerate(self.config.pattern):
-            block = BLOCKS[kind](self.config, self.layout, name=f"{kind}_{i}")
-            x_BTD = block(x_BTD, where, segments_BT)
+            block = BLOCKS[kind].module(self.config, self.layout, name=f"{kind}_{i}")
+            x_BTD = block(x_BTD, context)
         return x_BTD, None
 
 
 class Transformer(nn.Module):
-    """tokens_BT, positions_BT and segments_BT (None: one segment a row) -> Hidden.
+    """tokens_BT and positions_BT, which keys self-attention sees, and what cross-attention reads -> Hidden.
 
-    With `places`, those of a cache (cache.py): the tokens go on with what is in it.
+    With `Cached` keys the collection "cache" is an argument and, as it is then, a result (cache.py).
     """
 
     config: config.Model
@@ -105,26 +106,34 @@ class Transformer(nn.Module):
     stacked: bool = True  # parameters of layers, along L; else as `unstack` gives them
 
     @nn.compact
-    def __call__(self, tokens_BT, positions_BT, segments_BT=None, places: int = 0) -> Hidden:
+    def __call__(
+        self,
+        tokens_BT,
+        positions_BT,
+        keys: Keys = OneSegment(),
+        memory: Memories = NoMemory(),
+    ) -> Hidden:
         config, act = self.config, self.layout.act
         norm = functools.partial(NORMS[config.norm], config, self.layout)
         placement = PLACEMENTS[config.placement]
         w_VD = param(self, "embed", "VD", initial(config, "table"))
         embedded_BTD = look_up(w_VD, tokens_BT, self.layout, "VD", config.compute_dtype)
         x_BTD = act(embedded_BTD, "BTD")
-        where = POSITIONS[config.position](self, positions_BT, places or tokens_BT.shape[1])
-        if places:
-            where = where._replace(positions_BT=positions_BT)
+        reach = tokens_BT.shape[1]
+        if isinstance(keys, Cached):
+            reach = cache.slots(self, self.variables[cache.CACHE])
+        where = POSITIONS[config.position](self, positions_BT, reach)
         if where.added_BTD is not None:
             x_BTD = act(x_BTD + where.added_BTD, "BTD")
         if placement.norm_embedding:
             x_BTD = norm(name="embed_norm")(x_BTD)
+        context = Context(positions_BT, where, keys, memory)
         if self.stacked:
-            x_BTD = self.scanned(x_BTD, where, segments_BT)
+            x_BTD = self.scanned(x_BTD, context)
         else:
             for i in range(config.groups):
                 group = Group(config, self.layout, name=f"group_{i}")
-                x_BTD, _ = group(x_BTD, where, segments_BT)
+                x_BTD, _ = group(x_BTD, context)
         if placement.norm_output:
             x_BTD = norm(name="norm")(x_BTD)
         if config.init == "mup":
@@ -134,7 +143,7 @@ class Transformer(nn.Module):
         w_DV = param(self, "output", "DV", initial(config, "output"))
         return Hidden(x_BTD, output_matrix(config, {"output": w_DV}))
 
-    def scanned(self, x_BTD, where: Where, segments_BT):
+    def scanned(self, x_BTD, context: Context):
         config = self.config
         body = Group
         if config.remat != "none" or self.layout.mesh.size > 1:
@@ -148,8 +157,14 @@ class Transformer(nn.Module):
             unroll=config.unrolled,
             metadata_params={nn.PARTITION_NAME: "L"},
         )
-        x_BTD, _ = groups(config, self.layout, name="groups")(x_BTD, where, segments_BT)
+        x_BTD, _ = groups(config, self.layout, name="groups")(x_BTD, context)
         return x_BTD
+
+    @property
+    def caches(self) -> dict[str, dict[str, dict[str, str]]]:
+        """The letters of what the blocks of a group cache, by block, submodule and name."""
+        kinds = enumerate(self.config.pattern)
+        return {f"{kind}_{i}": BLOCKS[kind].caches for i, kind in kinds if BLOCKS[kind].caches}
 
 
 def build(model: config.Model, layout: Layout) -> Transformer:
@@ -268,6 +283,10 @@ def _described(module):
 
 def _boxed(module, key):
     layout = module.layout
-    tokens_BT = jnp.zeros((layout.row_parts, layout.position_parts), jnp.int32)  # the fewest
+    B, T, dtype = layout.row_parts, layout.position_parts, module.config.compute_dtype
+    tokens_BT = jnp.zeros((B, T), jnp.int32)  # the fewest
+    # Blocks of cross-attention have parameters where there is a memory.
+    memory = Memory(jnp.zeros((B, 1, module.config.dim), dtype), jnp.ones((B, T, 1), bool))
     any_length = dataclasses.replace(module.config, kernel="reference")
-    return module.clone(config=any_length).init(key, tokens_BT, tokens_BT)["params"]
+    whole = module.clone(config=any_length)
+    return whole.init(key, tokens_BT, tokens_BT, OneSegment(), memory)["params"]

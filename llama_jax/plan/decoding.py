@@ -99,8 +99,8 @@ def abstract(model: config.Model, layout: Layout, texts: Texts) -> tuple[Any, An
     stacked = transformer.build(model, layout)
     module = transformer.unstacked(stacked)
     number = engine.spread_rows(module, texts.rows)
-    places = engine.places(model, texts.context)
-    kept = cache.abstract(module, number, places, model.compute_dtype)
+    slots = engine.places(model, texts.context)
+    kept = cache.abstract(module, model.compute_dtype, B=number, S=slots)
     of = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.replicated)  # noqa: E731
     whole = of((number,), jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), number))

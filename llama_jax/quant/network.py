@@ -12,6 +12,7 @@ import numpy as np
 
 from llama_jax import config, dims, tree
 from llama_jax.model import transformer
+from llama_jax.model.context import Context
 from llama_jax.model.linear import INPUTS
 from llama_jax.model.transformer import Group, Transformer
 from llama_jax.quant import rounding
@@ -49,14 +50,14 @@ def quantise(
     for i in range(module.config.groups):
         own = jax.tree.map(lambda w: w[i], params["groups"])  # noqa: B023
         hessians: dict[str, jax.Array] = {}
-        for x_BTD, where in states:
-            found = _hessians(group, own, x_BTD, where)
+        for x_BTD, context in states:
+            found = _hessians(group, own, x_BTD, context)
             hessians = {name: hessians.get(name, 0.0) + h for name, h in found.items()}
         made = {}
         for name, w in tree.paths(own).items():
             of = letters[f"groups/{name}"][1:]
             made[name] = _parameter(f"{name} of group {i}", w, of, quant, hessians.get(name))
-        states = [(_go_on(group, tree.nest(made), x, where), where) for x, where in states]
+        states = [(_go_on(group, tree.nest(made), x, context), context) for x, context in states]
         done.append(jax.block_until_ready(made))
         progress()
     stacked = {
@@ -97,11 +98,11 @@ def _check_finite(name: str, x) -> None:
 
 @functools.partial(jax.jit, static_argnames="module")
 def _enter(module: Transformer, outer, tokens_BT):
-    """What the first group of layers is given."""
+    """What the first group of layers is given: x_BTD and its context."""
     given = []
 
-    def watch(call, args, kwargs, context):
-        if isinstance(context.module, Group) and context.method_name == "__call__":
+    def watch(call, args, kwargs, intercepted):
+        if isinstance(intercepted.module, Group) and intercepted.method_name == "__call__":
             given.append(args[:2])
             return args[0], None
         return call(*args, **kwargs)
@@ -113,9 +114,9 @@ def _enter(module: Transformer, outer, tokens_BT):
 
 
 @functools.partial(jax.jit, static_argnames="group")
-def _hessians(group: Group, params, x_BTD, where) -> dict[str, jax.Array]:
+def _hessians(group: Group, params, x_BTD, context: Context) -> dict[str, jax.Array]:
     """The sum of x x' over all positions, of what goes into each matrix: {its path: [C, C]}."""
-    _, seen = group.apply({"params": params}, x_BTD, where, None, mutable=[INPUTS])
+    _, seen = group.apply({"params": params}, x_BTD, context, mutable=[INPUTS])
 
     def sum_of(x):
         x_XC = x.astype(jnp.float32).reshape(x.shape[0] * x.shape[1], -1)
@@ -125,5 +126,5 @@ def _hessians(group: Group, params, x_BTD, where) -> dict[str, jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnames="group")
-def _go_on(group: Group, params, x_BTD, where):
-    return group.apply({"params": params}, x_BTD, where, None)[0]
+def _go_on(group: Group, params, x_BTD, context: Context):
+    return group.apply({"params": params}, x_BTD, context)[0]

@@ -10,6 +10,7 @@ from llama_jax import config
 from llama_jax.data import iterator
 from llama_jax.data.batch import Batch
 from llama_jax.model import logprobs, transformer
+from llama_jax.model.context import OneSegment, Segments
 from llama_jax.model.transformer import Hidden, Transformer, logits
 from llama_jax.sharding import Layout
 from llama_jax.train.objective import Objective, Sums
@@ -32,12 +33,8 @@ def next_token(
     """
 
     def sums(params: Any, frozen: Any, batch: Batch) -> Sums:
-        hidden = module.apply(
-            {"params": params},
-            batch.tokens_BT,
-            batch.positions_BT,
-            batch.segments_BT if segments == "document" else None,
-        )
+        keys = Segments(batch.segments_BT) if segments == "document" else OneSegment()
+        hidden = module.apply({"params": params}, batch.tokens_BT, batch.positions_BT, keys)
         total, nll = cross_entropy(
             hidden, batch.targets_BT, batch.weights_BT, module.layout, chunks, z_loss
         )

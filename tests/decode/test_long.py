@@ -76,6 +76,8 @@ def test_a_long_prompt_is_read_to_its_beginning(layout, window, length):
     rows, said = engine.begin(params, engine.rows(1, length + 8), 0, tokens, jax.random.key(0))
     assert said.tokens_BX[0, 0] == wanted.argmax()
     assert float(said.logprobs_BX[0, 0]) == pytest.approx(wanted.max(), abs=1e-5)
-    assert cache.places_of(rows.cache) == (4608 if window else 9216 if length == 9_000 else 131_072)
+    assert cache.slots(engine.module, rows.cache) == (
+        4608 if window else 9216 if length == 9_000 else 131_072
+    )
     _, said = engine.advance(params, rows)
     assert np.isfinite(said.logprobs_BX).all()

@@ -12,6 +12,7 @@ import pytest
 from llama_jax import config, sharding
 from llama_jax.decode import engine
 from llama_jax.model import cache, transformer
+from llama_jax.model.context import Cached
 from llama_jax.quant.network import quantise
 from tests import parameters
 from tests.model.test_variants import BASE, VARIANTS
@@ -40,13 +41,13 @@ def in_parts(module, params, tokens, places, kind="float32", parts=PARTS, late=0
     loose = transformer.unstacked(module)
     params = transformer.unstack(module, params)
     rows, length = tokens.shape
-    kept = cache.empty(loose, rows, places, kind)
+    kept = cache.empty(loose, kind, B=rows, S=places)
     found = np.zeros((rows, length, module.config.vocab_size))
 
     @jax.jit
     def extend(kept, tokens_BT, positions_BT, real_BT):
         return loose.apply(
-            {"params": params, cache.CACHE: kept}, tokens_BT, positions_BT, real_BT, places,
+            {"params": params, cache.CACHE: kept}, tokens_BT, positions_BT, Cached(real_BT),
             mutable=[cache.CACHE],
         )  # fmt: skip
 
@@ -56,7 +57,7 @@ def in_parts(module, params, tokens, places, kind="float32", parts=PARTS, late=0
         real = (positions >= 0) & (positions < np.minimum(stop - behind, length))
         chosen = np.where(real, positions, 0)
         given = np.where(real, np.take_along_axis(tokens, chosen, axis=1), 7)
-        hidden, changed = extend(kept, given, np.where(real, positions, -5), real.astype(np.int32))
+        hidden, changed = extend(kept, given, np.where(real, positions, -5), real)
         kept = changed[cache.CACHE]
         logits = np.asarray(transformer.logits(hidden))
         for row in range(rows):

@@ -10,6 +10,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 from llama_jax import config, sharding
 from llama_jax.model import kernels, mask, transformer
+from llama_jax.model.context import OneSegment, Segments
 from tests import oracle
 
 B, T, N, K, H = 2, 7, 6, 3, 4
@@ -26,13 +27,13 @@ SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 0], [1, 2, 2, 2, 2, 3, 3]])
 ON_CPU = ("reference", "blockwise")
 
 
-@pytest.mark.parametrize("segments", [None, SEGMENTS])
+@pytest.mark.parametrize("segments", [OneSegment(), Segments(SEGMENTS)])
 @pytest.mark.parametrize("kernel", ON_CPU)
 def test_kernels_are_the_formula(kernel, segments, layout):
     q, k, v = inputs()
     ours = kernels.KERNELS[kernel](q, k, v, segments, layout)
     for b in range(B):
-        own = np.ones(T) if segments is None else segments[b]
+        own = segments.segments_BT[b] if isinstance(segments, Segments) else np.ones(T)
         in_order = (x[b].astype(np.float64).transpose(1, 0, 2) for x in (q, k, v))
         expected = oracle.attention(*in_order, own)
         np.testing.assert_allclose(ours[b].transpose(1, 0, 2), expected, rtol=2e-5, atol=2e-6)
@@ -59,18 +60,20 @@ def same_numbers(kernel, expected, qkv, weight) -> float:
     return float(value)
 
 
-@pytest.mark.parametrize("segments", [None, "two"])
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("devices", [1, 4])
 @pytest.mark.usefixtures("interpreted")
-def test_splash_has_the_numbers_of_the_reference(devices, segments, layout):
+def test_splash_has_the_numbers_of_the_reference(devices, count, layout):
     length, heads = 256, 4
     rng = np.random.default_rng(0)
     q, k, v, weight = (
         rng.normal(size=(2, n, length, 128)).astype(np.float32) for n in (heads, 2, 2, heads)
     )
-    if segments:
-        segments = np.repeat([[1], [1]], length, 1).astype(np.int32)
-        segments[0, 100:], segments[1, 200:] = 2, 0
+    segments = OneSegment()
+    if count == 2:
+        segments_BT = np.repeat([[1], [1]], length, 1).astype(np.int32)
+        segments_BT[0, 100:], segments_BT[1, 200:] = 2, 0
+        segments = Segments(segments_BT)
     many = sharding.make(config.Mesh(fsdp=2, tensor=2), jax.devices()[:4])
     wide = layout if devices == 1 else many
 
@@ -89,12 +92,12 @@ def test_splash_caps_scores_as_the_reference(layout):
     q, capped = 4 * q, kernels.Scores(softcap=0.5)
 
     value = same_numbers(
-        lambda *qkv: kernels.splash(*qkv, None, layout, capped),
-        lambda *qkv: kernels.reference(*qkv, None, layout, capped),
+        lambda *qkv: kernels.splash(*qkv, OneSegment(), layout, capped),
+        lambda *qkv: kernels.reference(*qkv, OneSegment(), layout, capped),
         (q, k, v),
         weight,
     )
-    uncapped = float(jnp.sum(kernels.reference(q, k, v, None, layout) * weight))
+    uncapped = float(jnp.sum(kernels.reference(q, k, v, OneSegment(), layout) * weight))
     assert abs(uncapped - value) > 1e-2 * abs(value)
 
 
@@ -121,7 +124,7 @@ def test_long_rows_have_the_numbers_of_short_ones(layout, monkeypatch):
     q, k, v = inputs(length=300)
 
     def gradient():
-        loss = lambda *qkv: jnp.sum(kernels.blockwise(*qkv, None, layout) ** 2)
+        loss = lambda *qkv: jnp.sum(kernels.blockwise(*qkv, OneSegment(), layout) ** 2)
         return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
 
     free = gradient()
@@ -146,7 +149,7 @@ def test_bfloat16_is_near_float32(kernel, layout):
 
     def of(name, dtype):
         arrays = [jnp.asarray(x, dtype) for x in (q, k, v)]
-        attend = lambda *qkv: kernels.KERNELS[name](*qkv, None, layout)
+        attend = lambda *qkv: kernels.KERNELS[name](*qkv, OneSegment(), layout)
         objective = lambda *qkv: jnp.sum(attend(*qkv).astype(jnp.float32) * weight)
         out, gradient = jax.jit(attend)(*arrays), jax.jit(jax.grad(objective, (0, 1, 2)))(*arrays)
         return [np.asarray(x, np.float64) for x in (out, *gradient)]
@@ -161,7 +164,7 @@ def test_bfloat16_is_near_float32(kernel, layout):
 
 def test_splash_refuses_a_length_that_its_blocks_do_not_divide(layout):
     with pytest.raises(ValueError, match=r"data.seq_len=200 to be a multiple of 128; nearest: 256"):
-        kernels.splash(*inputs(200), None, layout)
+        kernels.splash(*inputs(200), OneSegment(), layout)
 
 
 @pytest.mark.parametrize("length", [kernels.BLOCK, kernels.BLOCK + 1, 2 * kernels.BLOCK + 37])
@@ -172,7 +175,7 @@ def test_blocks_of_any_length_agree_with_the_square_forward_and_backward(length,
     weight = np.random.default_rng(1).normal(size=(B, N, length, H)).astype(np.float32)
 
     def loss(kernel):
-        return lambda *qkv: jnp.sum(kernel(*qkv, segments, layout) * weight)
+        return lambda *qkv: jnp.sum(kernel(*qkv, Segments(segments), layout) * weight)
 
     expected = jax.grad(loss(kernels.reference), (0, 1, 2))(q, k, v)
     ours = jax.grad(loss(kernels.blockwise), (0, 1, 2))(q, k, v)
@@ -185,7 +188,7 @@ def test_future_tokens_get_no_gradient(kernel, layout):
     q, k, v = (jnp.asarray(x) for x in inputs())
     for t in range(T):
         seen = jax.grad(
-            lambda k, t=t: jnp.sum(kernels.KERNELS[kernel](q, k, v, None, layout)[:, :, t])
+            lambda k, t=t: jnp.sum(kernels.KERNELS[kernel](q, k, v, OneSegment(), layout)[:, :, t])
         )(k)
         assert np.abs(seen[:, :, t + 1 :]).max(initial=0) == 0
         if t:
@@ -195,7 +198,9 @@ def test_future_tokens_get_no_gradient(kernel, layout):
 def test_blockwise_never_makes_the_square(layout):
     length = 4 * kernels.BLOCK
     shapes = [jax.ShapeDtypeStruct((1, heads, length, H), jnp.float32) for heads in (N, K, K)]
-    jaxpr = jax.make_jaxpr(jax.grad(lambda *x: kernels.blockwise(*x, None, layout).sum()))(*shapes)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda *x: kernels.blockwise(*x, OneSegment(), layout).sum()))(
+        *shapes
+    )
     largest = max(
         variable.aval.size
         for equation in _equations(jaxpr.jaxpr)
@@ -233,6 +238,6 @@ def test_a_row_that_sees_nothing_is_finite():
 
 
 def test_mask_is_causal_within_segments():
-    visible = mask.causal(2, 5, jnp.asarray([[1, 1, 2, 2, 1]]))[0]
+    visible = mask.causal(2, 5, Segments(jnp.asarray([[1, 1, 2, 2, 1]])))[0]
     expected = [[0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [1, 1, 0, 0, 1]]
     np.testing.assert_array_equal(visible, np.array(expected, bool))

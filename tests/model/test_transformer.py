@@ -7,6 +7,7 @@ import pytest
 
 from llama_jax import config
 from llama_jax.model import transformer
+from llama_jax.model.context import Segments
 from llama_jax.model.position import frequencies
 from tests import oracle, parameters
 
@@ -56,7 +57,9 @@ def test_logits_are_the_papers(variant, model, layout):
     model = dataclasses.replace(model, **VARIANTS[variant])
     module, params = network(model, layout)
     tokens, positions, segments = tokens_and_places(model)
-    ours = transformer.logits(module.apply({"params": params}, tokens, positions, segments))
+    ours = transformer.logits(
+        module.apply({"params": params}, tokens, positions, Segments(segments))
+    )
     expected = expected_logits(model, params, tokens, positions, segments)
     assert ours.dtype == jnp.float32
     np.testing.assert_allclose(ours, expected, atol=2e-5 * np.abs(expected).max())
@@ -82,7 +85,7 @@ def test_gradient_is_the_slope_of_the_float64_oracle(model, layout):
     weight = np.random.default_rng(5).normal(size=(B, T, model.vocab_size))
 
     def ours(params):
-        hidden = module.apply({"params": params}, tokens, positions, segments)
+        hidden = module.apply({"params": params}, tokens, positions, Segments(segments))
         return jnp.sum(transformer.logits(hidden) * weight)
 
     gradient = jax.grad(ours)(params)

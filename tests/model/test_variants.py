@@ -9,6 +9,7 @@ import pytest
 from llama_jax import config, sharding
 from llama_jax.data.batch import Batch
 from llama_jax.model import transformer
+from llama_jax.model.context import Segments
 from llama_jax.train import loss
 from tests import parameters, variants
 
@@ -80,7 +81,8 @@ def test_logits_are_those_of_the_papers(name, layout, monkeypatch):
     model = dataclasses.replace(BASE, kernel=kernel, **VARIANTS[name])
     module, params = network(model, layout)
     tokens = batch(model).tokens_BT
-    apply = jax.jit(lambda params: module.apply({"params": params}, tokens, POSITIONS, SEGMENTS))
+    segments = Segments(SEGMENTS)
+    apply = jax.jit(lambda params: module.apply({"params": params}, tokens, POSITIONS, segments))
     hidden = apply(params)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     for b in range(B):

@@ -9,6 +9,7 @@ import pytest
 
 from llama_jax.data import batch
 from llama_jax.model import kernels
+from llama_jax.model.context import Segments
 from tests.parity import twin
 
 PAGES = sorted(path.stem for path in Path(__file__).parents[2].glob("configs/*[0-9]b.py"))
@@ -162,7 +163,9 @@ def test_padding_beside_a_longer_row_gives_the_logits_of_transformers(
     their_positions = np.maximum(np.cumsum(real, axis=1) - 1, 0)
     their_model = twin.llama(model, params, attention)
     theirs = twin.theirs(their_model, both.tokens_BT, their_positions, real.astype(int))
-    logits = twin.ours(module, params, both.tokens_BT, both.positions_BT, both.segments_BT)
+    logits = twin.ours(
+        module, params, both.tokens_BT, both.positions_BT, Segments(both.segments_BT)
+    )
     assert real.sum() < real.size
     assert np.isfinite(logits).all()
     assert twin.gap(logits[real], theirs[real]) <= twin.LOGITS
@@ -189,7 +192,9 @@ def test_packed_documents_have_the_logits_of_transformers_with_a_block_diagonal_
     module, params = twin.network(model, layout)
     packed, theirs = packed_both(model, layout)
     assert packed.tokens_BT.shape[1] > kernels.BLOCK
-    logits = twin.ours(module, params, packed.tokens_BT, packed.positions_BT, packed.segments_BT)
+    logits = twin.ours(
+        module, params, packed.tokens_BT, packed.positions_BT, Segments(packed.segments_BT)
+    )
     assert twin.gap(logits, theirs) <= twin.LOGITS
 
 
@@ -198,7 +203,9 @@ def test_packed_documents_have_the_logits_of_transformers_on_each_alone(kernel, 
     model = twin.tiny("llama3_8b", kernel=kernel)
     module, params = twin.network(model, layout)
     packed = stored(model, PACKED)
-    logits = twin.ours(module, params, packed.tokens_BT, packed.positions_BT, packed.segments_BT)
+    logits = twin.ours(
+        module, params, packed.tokens_BT, packed.positions_BT, Segments(packed.segments_BT)
+    )
     their_model = twin.llama(model, params)
     for segment in (1, 2, 3, 4):
         own = packed.segments_BT[0] == segment
@@ -229,5 +236,5 @@ def test_wrong_packing_misses_the_bound_fiftyfold(wrong, layout):
     else:
         # Inside the third document; a shift of a whole one turns queries and keys alike.
         positions = np.where(np.arange(positions.shape[1]) >= 100, positions + 1, positions)
-    logits = twin.ours(module, params, packed.tokens_BT, positions, segments)
+    logits = twin.ours(module, params, packed.tokens_BT, positions, Segments(segments))
     assert twin.gap(logits, theirs) > 50 * twin.LOGITS

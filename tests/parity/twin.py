@@ -14,6 +14,7 @@ from llama_jax import config
 from llama_jax.convert import names
 from llama_jax.data import batch
 from llama_jax.model import transformer
+from llama_jax.model.context import OneSegment
 from llama_jax.train import loss
 
 torch = pytest.importorskip("torch")
@@ -116,15 +117,14 @@ def network(model: config.Model, layout) -> tuple[transformer.Transformer, Any]:
     return module, parameters(module)
 
 
-def ours(module: transformer.Transformer, params: Any, tokens, positions, segments=None):
+def ours(module: transformer.Transformer, params: Any, tokens, positions, keys=OneSegment()):
     """float32 logits [B, T, V] as NumPy."""
-    places = [jnp.asarray(a) for a in (tokens, positions, segments) if a is not None]
-    return np.asarray(_logits(module, params, *places))
+    return np.asarray(_logits(module, params, jnp.asarray(tokens), jnp.asarray(positions), keys))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(module, params, *places):
-    return transformer.logits(module.apply({"params": params}, *places))
+def _logits(module, params, tokens, positions, keys):
+    return transformer.logits(module.apply({"params": params}, tokens, positions, keys))
 
 
 def llama(model: config.Model, params: Any, attention: str = "eager"):
