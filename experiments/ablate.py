@@ -71,7 +71,7 @@ def main() -> int:
     hosts.together(lambda: check_text(study, found, workdir, prepared))
     rows = held_out(study, prepared)
     view = overview.Overview(workdir, runs, quiet=not hosts.first())
-    with loop.Interrupt() as interrupt, view:
+    with hosts.interrupt() as interrupt, view:
         trained, failed, held = run_all(
             study, found, chosen, prepared, rows, workdir, interrupt, view
         )

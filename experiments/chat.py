@@ -14,10 +14,10 @@ from pathlib import Path
 from experiments.loading import say
 from llama_jax import files
 from llama_jax.decode.generate import Decoder, Request
+from llama_jax.interrupt import Interrupt
 from llama_jax.tokenizer import tools
 from llama_jax.tokenizer.chat import Message
 from llama_jax.tokenizer.forms import Form
-from llama_jax.train import loop
 
 HELP = """/reset         forget the conversation, keep the system message
 /save FILE     write it as JSON
@@ -128,7 +128,7 @@ class Chat:
         tokens = self.fitted()
         request = Request(tokens, decode.max_new_tokens, decode.seed, (len(self.messages), 0))
         self.grow(len(tokens) + decode.max_new_tokens)
-        with loop.Interrupt() as interrupt:
+        with Interrupt() as interrupt:
             listen = lambda _, text: say(text)  # noqa: E731
             ((_, result),) = self.decoder.run(self.loaded.params, [request], listen, interrupt.due)
         say("\n")

@@ -33,7 +33,6 @@ from llama_jax import config
 from llama_jax.convert import native
 from llama_jax.decode.generate import Decoder, Request
 from llama_jax.decode.text import repeats
-from llama_jax.train import loop
 
 CHECKPOINT = cli.define_path("checkpoint", None, "Folder of the model.", required=True)
 PROMPT = flags.DEFINE_string("prompt", None, "The text to continue.")
@@ -141,7 +140,7 @@ def once(loaded: Loaded, prompt: str) -> int:
     alone, head = decode.samples == 1, tokenizer.decode(tokenizer.encode(prompt))
     if alone:
         say(head)
-    with loop.Interrupt() as interrupt:
+    with hosts.interrupt() as interrupt:
         listen = lambda _, text: say(text) if alone else None  # noqa: E731
         for number, result in decoder.run(loaded.params, requests, listen, interrupt.due):
             say("\n" if alone else f"[{number + 1}] {head}{result.text}\n")

@@ -21,8 +21,9 @@ import numpy as np
 from absl import flags
 
 from experiments import cli, exchange
-from llama_jax import config
+from llama_jax import config, sharding
 from llama_jax.analysis import hardware
+from llama_jax.interrupt import Interrupt
 
 COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "HOST:PORT on which process 0 listens; TPU slices and SLURM know it."
@@ -84,7 +85,7 @@ def join(slice_name: str) -> None:
     watchdog = threading.Timer(seconds, _give_up, (seconds, hosts, where, asked))
     watchdog.daemon = True
     watchdog.start()
-    # It would take SIGTERM from loop.Interrupt, and forget one that comes between two steps.
+    # It would take SIGTERM from Interrupt, and forget one that comes between two steps.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -181,6 +182,11 @@ def alone(command: str) -> None:
 def first() -> bool:
     """Whether this is the process that writes and prints."""
     return jax.process_index() == 0
+
+
+def interrupt() -> Interrupt:
+    """To be entered where work may be stopped, by all hosts, which ask it equally often."""
+    return Interrupt(sharding.Largest() if jax.process_count() > 1 else None)
 
 
 def agree(here: bool) -> bool:

@@ -25,7 +25,6 @@ from llama_jax.decode.generate import Decoder, Request
 from llama_jax.tokenizer import messages
 from llama_jax.tokenizer.base import Tokenizer
 from llama_jax.tokenizer.forms import Form
-from llama_jax.train import loop
 
 OWN = ("text", "end", "tokens", "logprobs", "sample")  # what the output has of each
 
@@ -46,7 +45,7 @@ def run(loaded, source: Path, target: Path, date: datetime.date | None = None) -
         total=len(requests), initial=len(partial.done), unit="text", dynamic_ncols=True,
         disable=not hosts.first(),
     )  # fmt: skip
-    with loop.Interrupt() as interrupt, partial, bar:
+    with hosts.interrupt() as interrupt, partial, bar:
         asked = [requests[i] for i in waiting]
         for number, result in decoder.run(loaded.params, asked, stopped=interrupt.due):
             if result.end != "interrupted":

@@ -23,6 +23,7 @@ from llama_jax import config, files, sharding, tree
 from llama_jax.analysis import flops, hardware, memory, runcard
 from llama_jax.convert import native
 from llama_jax.data import iterator, mixture, prepare
+from llama_jax.interrupt import Interrupt
 from llama_jax.train import checkpoint, loop, metrics, optim
 from llama_jax.train import program as programs
 from llama_jax.train import state as train_state
@@ -212,7 +213,7 @@ def train(
     lease: Lease,
     machine: Machine,
     prepared: prepare.Prepared,
-    interrupt: loop.Interrupt,
+    interrupt: Interrupt,
     make_console: Callable[[int, int], metrics.Console],
 ) -> Result:
     """Train to the last step, from the newest checkpoint if there is one, in a workdir that is held.

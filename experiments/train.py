@@ -60,7 +60,7 @@ def train(run: config.Run, workdir: Path, lease: Lease) -> int:
     )
     prepared = session.prepare_once(run.data, run.model.vocab_size)
     console = functools.partial(metrics.Console, quiet=not hosts.first())
-    with loop.Interrupt() as interrupt:
+    with hosts.interrupt() as interrupt:
         result = session.train(run, workdir, lease, machine, prepared, interrupt, console)
         conclude(run, workdir, machine.program.module, result, prepared)
     hosts.agree(True)  # the others wait while the first one writes the results

@@ -6,63 +6,19 @@ The device never waits for the host: step n + 1 is dispatched before the metrics
 import dataclasses
 import functools
 import math
-import signal
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
-from llama_jax import config, sharding
+from llama_jax import config
+from llama_jax.interrupt import Interrupt
 from llama_jax.train.metrics import Console, Row, Writer
 
 
 class Anomaly(Exception):
     """NaN, infinity or a spike that training must not pass over."""
-
-
-class Interrupt:
-    """Notes the name of the first SIGINT or SIGTERM in `signal`; a second one acts at once.
-
-    On several hosts a signal at any of them is noted by all at the same call of `due`, which all make equally
-    often.
-    """
-
-    def __init__(self):
-        self.signal = ""
-        self._here = 0  # the signal at this host, of several
-        self._largest = sharding.Largest() if jax.process_count() > 1 else None
-        self._asked: jax.Array | None = None  # what all hosts say to the last call
-
-    def __enter__(self):
-        both = (signal.SIGINT, signal.SIGTERM)
-        self._before = {number: signal.signal(number, self._note) for number in both}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def due(self, wait: bool = False) -> bool:
-        """Whether to stop before what comes next: a step, a batch, a round of decoding, a run.
-
-        Several hosts know it one call later, when their devices have done what was before the last call, so
-        that asking costs no time; with `wait` they know it now, and wait for the devices.
-        """
-        if self._largest:
-            before, self._asked = self._asked, self._largest(self._here)
-            answer = self._asked if wait else before
-            if answer is not None and (number := int(answer)):
-                self.signal = signal.Signals(number).name
-        return bool(self.signal)
-
-    def _note(self, number, _):
-        if self._largest:
-            self._here = number
-        else:
-            self.signal = signal.Signals(number).name
-        for other, handler in self._before.items():
-            signal.signal(other, handler)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,14 +10,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = [
     {"config", "dims", "files", "tree"},
-    {"sharding", "tokenizer"},
+    {"sharding", "tokenizer", "interrupt"},
     {"model", "data"},
     {"train", "decode", "convert", "quant"},
     {"analysis", "eval"},
     {"plan", "study"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-WITHOUT_JAX = ("tokenizer", "config", "dims.py")
+WITHOUT_JAX = ("tokenizer", "config", "dims.py", "interrupt.py")
 FILES = sorted((ROOT / "llama_jax").rglob("*.py"))
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from llama_jax import config
+from llama_jax.interrupt import Interrupt
 from llama_jax.train import loop
 from llama_jax.train.step import Metrics
 
@@ -59,7 +60,7 @@ def play(run, first=0, step=None, interrupt=None, rates=None, means=None):
         run, State(first), step or plain, lambda finished, state: next(batches),
         evaluate=lambda params: evaluations.append(params) or {"validation_loss": 1.5},
         save=lambda done, state, seconds: saves.append((done, state.step)),
-        recorder=recorder, interrupt=interrupt or loop.Interrupt(), audit=audit.append,
+        recorder=recorder, interrupt=interrupt or Interrupt(), audit=audit.append,
     )  # fmt: skip
     return result, console, saves, evaluations, audit
 
@@ -189,19 +190,12 @@ def test_a_signal_saves_the_finished_step_and_ends(number):
             os.kill(os.getpid(), number)
         return State(state.step + 1), metrics()
 
-    with loop.Interrupt() as interrupt:
+    with Interrupt() as interrupt:
         (_, done), console, saves, *_ = play(a_run(), step=step, interrupt=interrupt)
     assert interrupt.signal == signal.Signals(number).name
     assert (done, saves) == (4, [(4, 4)])
     assert [row["step"] for row in console.rows] == [1, 2, 3, 4]
     assert signal.getsignal(number) is before
-
-
-def test_a_second_signal_acts_at_once():
-    with loop.Interrupt() as interrupt, pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
-        assert interrupt.signal == "SIGINT"
-        os.kill(os.getpid(), signal.SIGINT)
 
 
 def faulty(kind):
@@ -254,7 +248,7 @@ def test_rates_and_stall_are_of_the_time_between_rows(monkeypatch):
     recorder = loop.Recorder(run, loop.Rates(100.0, 3200.0), [], console, 10.0, {})
     loop.run(
         run, State(0), step, slow, evaluate=lambda _: {}, save=lambda *_: None,
-        recorder=recorder, interrupt=loop.Interrupt(),
+        recorder=recorder, interrupt=Interrupt(),
     )  # fmt: skip
     last = console.rows[-1]
     assert last["seconds"] == pytest.approx(10 + 4 * 2)

@@ -12,6 +12,7 @@ import pytest
 from llama_jax import config, sharding, tree
 from llama_jax.data import iterator
 from llama_jax.data.batch import Batch
+from llama_jax.interrupt import Interrupt
 from llama_jax.model import transformer
 from llama_jax.model.transformer import Hidden
 from llama_jax.train import loop, loss, metrics, program, state, step
@@ -147,7 +148,7 @@ def test_aux_are_in_the_rows_of_the_metrics_file(layout, tmp_path):
     asked = []
     loop.run(
         run, start, advance, lambda n, now: asked.append((n, int(now.step))) or next(loaded),
-        evaluate=lambda params: {}, save=lambda *_: None, recorder=recorder, interrupt=loop.Interrupt(),
+        evaluate=lambda params: {}, save=lambda *_: None, recorder=recorder, interrupt=Interrupt(),
     )  # fmt: skip
     assert asked == [(n, n) for n in range(5)]
     w_D, values = np.zeros(D), []
