@@ -18,16 +18,17 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import cli, hosts, overview, provenance, session, warm_start
-from experiments.lease import Held
+from experiments import cli
 from llama_jax import config, files
 from llama_jax.analysis import memory, runcard
 from llama_jax.data import mixture, prepare
 from llama_jax.eval import score
-from llama_jax.study import grid, record, report, schema
+from llama_jax.run import hosts, provenance, session, warm_start
+from llama_jax.run.lease import Held
+from llama_jax.study import grid, overview, record, report, schema
 from llama_jax.train import checkpoint, loop
 
-flags.adopt_module_key_flags(hosts)
+cli.define_hosts()
 CONFIG = cli.define_config()
 WORKDIR = cli.define_path("workdir", None, "Where the study keeps everything it writes.")
 LIST = flags.DEFINE_bool("list", False, "Print the runs and stop.")
@@ -55,7 +56,7 @@ def main() -> int:
         claim(workdir, study, found, must_exist=True)
         return write(study, found, workdir)
 
-    hosts.join(study.base.mesh.hardware)
+    cli.join(study.base.mesh.hardware)
     cli.tune_for_cpu()
     hosts.check(study.base.mesh)
     hosts.compare(lambda: {**settings(study), "--only": ONLY.value, **provenance.installed()})

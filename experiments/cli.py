@@ -90,6 +90,42 @@ def define_path(
     )
 
 
+def define_hosts() -> None:
+    """The flags that `join` reads, of a command that runs on several hosts."""
+    flags.DEFINE_string(
+        "coordinator", "", "HOST:PORT on which process 0 listens; TPU slices and SLURM know it."
+    )
+    flags.DEFINE_integer(
+        "processes", 0, "Processes of the run, one a host; TPU slices and SLURM know it."
+    )
+    flags.DEFINE_integer("process", -1, "Which of --processes this is, from 0.")
+    flags.DEFINE_integer(
+        "host_timeout",
+        0,
+        "Seconds to wait until every host has started; 0: 60, and 5 more for each host.",
+        lower_bound=0,
+    )
+
+
+def join(slice_name: str) -> None:
+    """Meet the other hosts, if there are any, before JAX's first array (run/hosts.py).
+
+    From then on a command that ends with an error ends on all of them. ValueError if the flags contradict
+    each other, or SLURM the slice.
+    """
+    from llama_jax.run import exchange, hosts  # which import JAX
+
+    asked = hosts.Peers(flags.FLAGS.coordinator, flags.FLAGS.processes, flags.FLAGS.process)
+    given = (bool(asked.coordinator), asked.processes > 0, asked.process >= 0)
+    if any(given) and (not all(given) or asked.process >= asked.processes):
+        raise ValueError(
+            f"--coordinator={asked.coordinator!r} --processes={asked.processes} "
+            f"--process={asked.process}: give all three, --process from 0 to --processes - 1"
+        )
+    if hosts.join(slice_name, asked if any(given) else None, flags.FLAGS.host_timeout):
+        at_error(exchange.fail)
+
+
 class _Path(flags.ArgumentParser):
     syntactic_help = "a path"
 

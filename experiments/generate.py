@@ -6,8 +6,8 @@
 
 DIR is a folder that experiments.convert wrote, or the workdir of a training run. How to choose tokens, how
 many and where to stop: --config.decode.*. --draft=DIR names a small network that proposes what the large one
-checks: the same texts, sooner. --chat is in chat.py, --input in prompt_file.py. On a slice of several hosts
-the command runs on each of them (hosts.py), and the first one prints and writes.
+checks: the same texts, sooner. --chat and --input are in llama_jax/run: chat.py, prompt_file.py. On a slice
+of several hosts the command runs on each of them (hosts.py there), and the first one prints and writes.
 """
 
 import dataclasses
@@ -18,8 +18,13 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from experiments import chat, cli, hosts, prompt_file, provenance
-from experiments.loading import (
+from experiments import cli
+from llama_jax import config
+from llama_jax.convert import native
+from llama_jax.decode.generate import Decoder, Request
+from llama_jax.decode.text import repeats
+from llama_jax.run import chat, hosts, prompt_file, provenance
+from llama_jax.run.loading import (
     Loaded,
     fit,
     form_of,
@@ -29,10 +34,6 @@ from experiments.loading import (
     settings,
     with_draft,
 )
-from llama_jax import config
-from llama_jax.convert import native
-from llama_jax.decode.generate import Decoder, Request
-from llama_jax.decode.text import repeats
 
 CHECKPOINT = cli.define_path("checkpoint", None, "Folder of the model.", required=True)
 PROMPT = flags.DEFINE_string("prompt", None, "The text to continue.")
@@ -45,7 +46,7 @@ DATE = flags.DEFINE_string(
 )
 DRAFT = cli.define_path("draft", None, "Folder of a small model that proposes.")
 PROPOSALS = flags.DEFINE_integer("proposals", 4, "Tokens that --draft is ahead.", lower_bound=1)
-flags.adopt_module_key_flags(hosts)
+cli.define_hosts()
 CONFIG = cli.define_parts(decode=config.Decode(), mesh=config.Mesh())
 
 
@@ -63,7 +64,7 @@ def main() -> int:
                 f"--{flag} belongs to --{of}" if used else f"--{of} needs --{flag}=FILE{like}"
             )
     date = day(DATE.value, chosen[0])
-    hosts.join(CONFIG.value.mesh.hardware)
+    cli.join(CONFIG.value.mesh.hardware)
     cli.tune_for_cpu()
     if CHAT.value:
         hosts.alone("--chat")

@@ -27,10 +27,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # launching touches no device
 
 from absl import flags
 
-from experiments import cli, cloud, provenance
+from experiments import cli
 from llama_jax import config
 from llama_jax.analysis import hardware
 from llama_jax.plan import figures
+from llama_jax.run import cloud, provenance
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string(

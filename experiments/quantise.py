@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import flags
 from tqdm import tqdm
 
-from experiments import cli, hosts, loading
+from experiments import cli
 from llama_jax import config, dims, sharding, tree
 from llama_jax.convert import native, smaller
 from llama_jax.data import iterator, prepare
@@ -31,12 +30,13 @@ from llama_jax.eval import score
 from llama_jax.model import transformer
 from llama_jax.model.transformer import Transformer
 from llama_jax.quant.network import quantise, scheme
+from llama_jax.run import hosts, loading
 from llama_jax.tokenizer.base import Tokenizer
 
 CHECKPOINT = cli.define_path("checkpoint", None, "Folder of the model.", required=True)
 TO = cli.define_path("to", None, "The folder to make.", required=True)
 TEXT = cli.define_path("text", "", "A text file: calibrates, its last tenth is measured.")
-flags.adopt_module_key_flags(hosts)
+cli.define_hosts()
 CONFIG = cli.define_parts(quant=config.Quant(), mesh=config.Mesh())
 MEASURED = 128  # rows
 AT_ONCE = 8192  # tokens that go through the network together
@@ -51,7 +51,7 @@ class Rows(NamedTuple):
 
 
 def main() -> int:
-    hosts.join(CONFIG.value.mesh.hardware)
+    cli.join(CONFIG.value.mesh.hardware)
     cli.tune_for_cpu()
     hosts.alone("quantise")
     cache = Path(config.Data().cache).expanduser() / "xla"

@@ -1,8 +1,8 @@
 """Train a network: `python -m experiments.train --config=configs/tiny.py --workdir=runs/tiny`.
 
 Started again with the same command, a run goes on from its last checkpoint. SIGINT and SIGTERM save and
-exit 0. On a slice of several hosts the command runs on each of them (hosts.py), and the first one writes.
-What a run writes into its workdir: that of session.py, and loss.png.
+exit 0. On a slice of several hosts the command runs on each of them (llama_jax/run/hosts.py), and the first
+one writes. What a run writes into its workdir: that of llama_jax/run/session.py, and loss.png.
 """
 
 import functools
@@ -12,10 +12,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import flags
 
-from experiments import cli, hosts, provenance, session, warm_start
-from experiments.lease import Lease
+from experiments import cli
 from llama_jax import config, tree
 from llama_jax.analysis import baseline, runcard
 from llama_jax.data import iterator
@@ -23,9 +21,11 @@ from llama_jax.data.batch import Batch
 from llama_jax.decode.engine import Engine
 from llama_jax.decode.generate import Decoder, Request
 from llama_jax.model import transformer
+from llama_jax.run import hosts, provenance, session, warm_start
+from llama_jax.run.lease import Lease
 from llama_jax.train import checkpoint, loop, metrics
 
-flags.adopt_module_key_flags(hosts)
+cli.define_hosts()
 CONFIG = cli.define_config()
 WORKDIR = cli.define_path(
     "workdir", None, "Where the run keeps everything it writes.", required=True
@@ -37,7 +37,7 @@ SAMPLE_PROMPT, SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 24, 64, 0.8
 
 def main() -> int:
     run = cli.frozen(CONFIG)
-    hosts.join(run.mesh.hardware)
+    cli.join(run.mesh.hardware)
     cli.tune_for_cpu()
     hosts.check(run.mesh)
     run = warm_start.pinned(run)

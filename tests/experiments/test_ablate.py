@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments import lease
+from llama_jax.run import lease
 from llama_jax.study import record
 from tests.experiments import helpers
 

@@ -12,12 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments import chat, cli, prompt_file
-from experiments.loading import Loaded, form_of
+from experiments import cli
 from llama_jax import config
 from llama_jax.convert import native
 from llama_jax.decode.generate import Result
 from llama_jax.decode.text import repeats
+from llama_jax.run import chat, prompt_file
+from llama_jax.run.loading import Loaded, form_of
 from llama_jax.tokenizer import base, byte
 from tests.convert import small
 from tests.experiments import helpers

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cloud as command_lines
+from llama_jax.run import cloud as command_lines
 from tests.experiments import helpers
 
 GOLDEN = Path(__file__).parent / "golden"

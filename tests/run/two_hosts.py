@@ -17,11 +17,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import ablate, cli, hosts, loading, prompt_file, session
+from experiments import ablate, cli
 from llama_jax import config, sharding
+from llama_jax.run import hosts, loading, prompt_file, session
 from llama_jax.study import schema
 from llama_jax.train import metrics
-from tests.experiments import apart
+from tests.run import apart
 
 ORDER = (0, 2, 1, 3)  # devices 0 and 1 are those of process 0
 RUN = "rms+pre-seed0"
@@ -29,8 +30,8 @@ PROMPTS = ["w1 w2", "w3", "w4 w5 w6", "w7"]
 
 
 def main() -> int:
-    hosts.join("any")
-    hosts.join = lambda _: None  # ablate.main, called several times, finds that they have met
+    cli.join("any")
+    cli.join = lambda _: None  # ablate.main, called several times, finds that they have met
     ablate.make = lambda *_: None
     ablate.write = lambda *_: 0
     cli.tune_for_cpu()

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import cloud, hosts
 from llama_jax import config
+from llama_jax.run import cloud, hosts
 from llama_jax.study import record
 from tests.experiments import helpers, test_ablate, warm
 
@@ -39,7 +39,7 @@ def free_port(port: int = 0) -> int:
 def start(args, where, process, module="experiments.train", devices=4, cwd=helpers.ROOT):
     words = [module, *args, f"--coordinator={where}", "--processes=2", f"--process={process}"]
     if module.startswith("experiments."):
-        words = ["tests.experiments.apart", "0,1,4,5,2,3,6,7", *words]
+        words = ["tests.run.apart", "0,1,4,5,2,3,6,7", *words]
     return subprocess.Popen(
         [sys.executable, "-m", *words], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**helpers.environment(devices), "PYTHONPATH": str(helpers.ROOT)}, text=True,
@@ -170,7 +170,7 @@ def played(tmp_path_factory):
         "--config.base.data.sources.corpus.kind=files",
         f"--config.base.data.sources.corpus.path={text}", f"--config.base.data.cache={folder}/cache",
     ]  # fmt: skip
-    module = "tests.experiments.two_hosts"
+    module = "tests.run.two_hosts"
     one = warm.run([module, *args, f"--workdir={folder}/one"], helpers.environment(), 300)
     assert one.returncode == 0, one.stderr
     args += [f"--workdir={folder}/two", "--config.base.mesh.fsdp=4"]
@@ -358,9 +358,6 @@ def test_a_task_of_slurm_has_all_gpus_of_its_node(monkeypatch):
     for name, value in {**SLURM, "SLURM_STEP_NODELIST": "gpu[7-8]"}.items():
         monkeypatch.setenv(name, value)
     asked = []
-    monkeypatch.setattr(hosts, "TIMEOUT", type("Flag", (), {"value": 0}))
-    for name, value in (("COORDINATOR", ""), ("PROCESSES", 0), ("PROCESS", -1)):
-        monkeypatch.setattr(hosts, name, type("Flag", (), {"value": value}))
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **more: asked.append((a, more)))
     hosts.join("h100_16")
     ((where, more),) = asked
@@ -378,10 +375,8 @@ def test_a_task_of_slurm_has_all_gpus_of_its_node(monkeypatch):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What JAX is asked by `hosts.join` without flags, on a machine where it finds no other process."""
+    """What JAX is asked by `hosts.join` without peers, on a machine where it finds no other process."""
     calls = []
-    for name, value in (("COORDINATOR", ""), ("PROCESSES", 0), ("PROCESS", -1), ("TIMEOUT", 0)):
-        monkeypatch.setattr(hosts, name, type("Flag", (), {"value": value}))
 
     def initialize(*args, **more):
         calls.append((args, more))

@@ -1,4 +1,4 @@
-"""One run in its workdir: started or gone on with, trained, recorded. What `train` and `ablate` share.
+"""One run in its workdir: started or gone on with, trained, recorded.
 
 A workdir holds run.json (the config), tokenizer.model, checkpoints/, metrics.jsonl, tensorboard/, audit.jsonl
 when asked, and at the end runcard.json and runcard.md; lease.json while a process trains in it (lease.py). On
@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import hosts, provenance, warm_start
-from experiments.lease import Held, Lease
 from llama_jax import config, files, sharding, tree
 from llama_jax.analysis import flops, hardware, memory, runcard
 from llama_jax.convert import native
 from llama_jax.data import iterator, mixture, prepare
 from llama_jax.interrupt import Interrupt
+from llama_jax.run import hosts, provenance, warm_start
+from llama_jax.run.lease import Held, Lease
 from llama_jax.train import checkpoint, loop, metrics, optim
 from llama_jax.train import program as programs
 from llama_jax.train import state as train_state

@@ -1,4 +1,4 @@
-"""Joining the processes of a run that spans hosts, one process a host; before JAX's first array.
+"""The processes of a run that spans hosts, one process a host: how they meet, what they tell one another.
 
 On the hosts of a TPU slice the same command finds its peers by itself, and so do the tasks of a SLURM step,
 one a node (`srun --ntasks-per-node=1`). Elsewhere each process says where process 0 listens and which one it
@@ -18,26 +18,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from absl import flags
 
-from experiments import cli, exchange
 from llama_jax import config, sharding
 from llama_jax.analysis import hardware
 from llama_jax.interrupt import Interrupt
-
-COORDINATOR = flags.DEFINE_string(
-    "coordinator", "", "HOST:PORT on which process 0 listens; TPU slices and SLURM know it."
-)
-PROCESSES = flags.DEFINE_integer(
-    "processes", 0, "Processes of the run, one a host; TPU slices and SLURM know it."
-)
-PROCESS = flags.DEFINE_integer("process", -1, "Which of --processes this is, from 0.")
-TIMEOUT = flags.DEFINE_integer(
-    "host_timeout",
-    0,
-    "Seconds to wait until every host has started; 0: 60, and 5 more for each host.",
-    lower_bound=0,
-)
+from llama_jax.run import exchange
 
 T = TypeVar("T")
 
@@ -51,22 +36,25 @@ OUTCOME_SECONDS = 30
 FIRST_PORT = 61440
 
 
-def join(slice_name: str) -> None:
-    """Meet the other processes, if the command line or the slice says that there are any.
+class Peers(NamedTuple):
+    """What `jax.distributed.initialize` asks of a process."""
 
-    Exits with 1 and the reason when they have not all come after --host_timeout seconds. ValueError if
-    the flags contradict each other, or SLURM the slice. All but the first process are silent from here on.
+    coordinator: str  # HOST:PORT
+    processes: int
+    process: int
+
+
+def join(slice_name: str, peers: Peers | None = None, timeout: int = 0) -> bool:
+    """Meet the other processes, if `peers`, SLURM or the slice says that there are any; whether there are.
+
+    To be called before JAX's first array. Exits with 1 and the reason when they have not all come after
+    `timeout` seconds (0: 60, and 5 more for each host). ValueError if SLURM contradicts the slice. All but
+    the first process are silent from here on.
     """
     named = hardware.find_slice(slice_name) if slice_name != "any" else None
-    given = (bool(COORDINATOR.value), PROCESSES.value > 0, PROCESS.value >= 0)
-    if any(given):
-        if not all(given) or PROCESS.value >= PROCESSES.value:
-            raise ValueError(
-                f"--coordinator={COORDINATOR.value!r} --processes={PROCESSES.value} "
-                f"--process={PROCESS.value}: give all three, --process from 0 to --processes - 1"
-            )
-        asked = Peers(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-        where = f" at {asked.coordinator}"
+    asked = peers
+    if peers:
+        where = f" at {peers.coordinator}"
     else:
         asked = of_slurm()
         where = (
@@ -79,8 +67,8 @@ def join(slice_name: str) -> None:
             )
     hosts = asked.processes if asked else max(named.hosts if named else 1, tpu_hosts())
     if hosts == 1:
-        return
-    seconds = TIMEOUT.value or 60 + 5 * hosts
+        return False
+    seconds = timeout or 60 + 5 * hosts
     # JAX would abort with a stack trace, or wait for ever in the accelerator's own rendezvous.
     watchdog = threading.Timer(seconds, _give_up, (seconds, hosts, where, asked))
     watchdog.daemon = True
@@ -102,19 +90,11 @@ def join(slice_name: str) -> None:
     finally:
         watchdog.cancel()
     if not jax.distributed.is_initialized():
-        return
+        return False
     exchange.watch()
-    cli.at_error(exchange.fail)
     if not first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 for the rest of the process
-
-
-class Peers(NamedTuple):
-    """What `jax.distributed.initialize` asks of a process."""
-
-    coordinator: str  # HOST:PORT
-    processes: int
-    process: int
+    return True
 
 
 def of_slurm() -> Peers | None:

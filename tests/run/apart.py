@@ -1,6 +1,6 @@
 """A command on devices in an order in which the rows of a host lie apart, as on a TPU slice.
 
-python -m tests.experiments.apart 0,1,4,5,2,3,6,7 experiments.train ...
+python -m tests.run.apart 0,1,4,5,2,3,6,7 experiments.train ...
 """
 
 import runpy

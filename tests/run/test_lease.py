@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from experiments import lease
+from llama_jax.run import lease
 from tests.experiments import helpers
 
 
@@ -23,7 +23,7 @@ def quick(monkeypatch):
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds the workdir."""
-    code = "from experiments import lease; import pathlib, sys, time; \
+    code = "from llama_jax.run import lease; import pathlib, sys, time; \
         held = lease.Lease(pathlib.Path(sys.argv[1])); print(held.take(), flush=True); time.sleep(60)"
     with subprocess.Popen(
         [sys.executable, "-c", code, tmp_path], cwd=helpers.ROOT, stdout=subprocess.PIPE, text=True

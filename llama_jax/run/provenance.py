@@ -26,7 +26,7 @@ def describe(prepared) -> dict[str, Any]:
 def installed() -> dict[str, str]:
     """What computes: versions, and a digest of each of our own files. Several hosts must have the same."""
     versions = {name: metadata.version(name) for name in PACKAGES}
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     ours = sorted(
         path for part in ("llama_jax", "experiments") for path in (root / part).rglob("*.py")
     )

@@ -4,10 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from experiments import hosts
 from llama_jax import config, tree
 from llama_jax.convert import formats, native
 from llama_jax.data import prepare
+from llama_jax.run import hosts
 from llama_jax.train.program import Program
 
 

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import loading
 from llama_jax import config
+from llama_jax.run import loading
 from llama_jax.tokenizer import byte
 from tests.convert import small
 

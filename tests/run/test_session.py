@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import pytest
 
-from experiments import hosts, session
-from experiments import lease as lease_module
 from llama_jax import config, files
 from llama_jax.data import iterator
 from llama_jax.interrupt import Interrupt
+from llama_jax.run import hosts, session
+from llama_jax.run import lease as lease_module
 from llama_jax.train import checkpoint, loop, metrics
 from llama_jax.train.objective import Sums
 

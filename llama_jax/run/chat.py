@@ -11,10 +11,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from experiments.loading import say
 from llama_jax import files
 from llama_jax.decode.generate import Decoder, Request
 from llama_jax.interrupt import Interrupt
+from llama_jax.run.loading import say
 from llama_jax.tokenizer import tools
 from llama_jax.tokenizer.chat import Message
 from llama_jax.tokenizer.forms import Form

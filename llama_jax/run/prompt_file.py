@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from experiments import hosts, loading
 from llama_jax import files
 from llama_jax.convert import json_file
 from llama_jax.decode.generate import Decoder, Request
+from llama_jax.run import hosts, loading
 from llama_jax.tokenizer import messages
 from llama_jax.tokenizer.base import Tokenizer
 from llama_jax.tokenizer.forms import Form
