@@ -26,6 +26,7 @@ from llama_jax import config, sharding
 from llama_jax.analysis import flops, hardware
 from llama_jax.model import transformer
 from llama_jax.plan import aot, figures
+from llama_jax.plan.hlo import Compiled
 from llama_jax.train import program as programs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,7 +148,7 @@ def changed(run: config.Run) -> dict:
 def compiled(run: config.Run) -> dict:
     """What the compiler says of a run, and of what it says it."""
     try:
-        said = aot.compile(run, run.mesh.hardware)._asdict()
+        said = aot.compile(run, run.mesh.hardware).to_dict()
     except aot.DoesNotFit as error:
         said = {"does_not_fit": str(error)}
     row = f"{title(run)} {run.mesh.hardware}"
@@ -175,11 +176,11 @@ def stale(entry: dict, run: config.Run) -> bool:
     return any(entry[name] != value for name, value in of_what(run).items())
 
 
-def plan_of(run: config.Run, entry: dict) -> figures.Plan:
+def plan_of(run: config.Run, entry: dict) -> figures.TrainingPlan:
     said = entry["compiled"]
     if message := said.get("does_not_fit"):
         return figures.of(run, run.mesh.hardware, aot.DoesNotFit(message))
-    return figures.of(run, run.mesh.hardware, aot.Compiled(**said))
+    return figures.of(run, run.mesh.hardware, Compiled.from_dict(said))
 
 
 def write(kept: dict) -> None:

@@ -26,6 +26,7 @@ from experiments import cli
 from llama_jax import config
 from llama_jax.analysis import hardware, memory
 from llama_jax.plan import aot, decoding, figures, fit
+from llama_jax.plan.trace import Texts
 
 CONFIG = cli.define_config()
 ANALYTIC = flags.DEFINE_bool("analytic", False, "By formula alone, without the compiler.")
@@ -75,7 +76,7 @@ def note_compiling(name: str) -> None:
 
 def generating(run: config.Run, name: str) -> int:
     note_compiling(name)
-    texts = decoding.Texts(DECODE.value, CONTEXT.value, int(BITS.value))
+    texts = Texts(DECODE.value, CONTEXT.value, int(BITS.value))
     try:
         plan = decoding.plan(run, name, texts)
     except aot.DoesNotFit as error:
@@ -87,7 +88,7 @@ def generating(run: config.Run, name: str) -> int:
     return 0 if plan.fits else 1
 
 
-def lines_of(run: config.Run, plan: decoding.Plan) -> list[str]:
+def lines_of(run: config.Run, plan: decoding.DecodingPlan) -> list[str]:
     slow, fast = plan.tokens_per_second
     milliseconds = lambda seconds: f"{1e3 * seconds:.2f} ms"  # noqa: E731
     return [
@@ -144,7 +145,7 @@ def settings(old: config.Run, new: config.Run) -> list[str]:
     ]
 
 
-def show(plans: list[tuple[config.Run, figures.Plan]]) -> None:
+def show(plans: list[tuple[config.Run, figures.TrainingPlan]]) -> None:
     if JSON.value:
         objects = [dataclasses.asdict(plan) for _, plan in plans]
         print(json.dumps(objects if SUGGEST.value else objects[0]))
@@ -160,12 +161,12 @@ COLUMNS = (
 )
 
 
-def table(plans: list[tuple[config.Run, figures.Plan]]) -> list[str]:
+def table(plans: list[tuple[config.Run, figures.TrainingPlan]]) -> list[str]:
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     return lines + [f"| {' | '.join(row(run, plan))} |" for run, plan in plans]
 
 
-def row(run: config.Run, plan: figures.Plan) -> list[str]:
+def row(run: config.Run, plan: figures.TrainingPlan) -> list[str]:
     return [
         plan.slice,
         layout(run.mesh),
@@ -181,7 +182,7 @@ def row(run: config.Run, plan: figures.Plan) -> list[str]:
     ]
 
 
-def report(run: config.Run, plan: figures.Plan) -> list[str]:
+def report(run: config.Run, plan: figures.TrainingPlan) -> list[str]:
     parts, slice_ = plan.parts, hardware.find_slice(plan.slice)
     limit, need = plan.hbm_limit_gib, plan.hbm_gib_per_chip
     lines = [
@@ -242,7 +243,7 @@ def layout(mesh: config.Mesh) -> str:
     return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "one device"
 
 
-def rows_a_chip(run: config.Run, plan: figures.Plan) -> float:
+def rows_a_chip(run: config.Run, plan: figures.TrainingPlan) -> float:
     return run.train.batch_size / run.train.microbatches / plan.devices
 
 

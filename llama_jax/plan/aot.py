@@ -10,13 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from llama_jax import config
-from llama_jax.analysis import hardware
+from llama_jax import config, sharding
+from llama_jax.analysis import flops, hardware
+from llama_jax.plan import hlo, trace
+from llama_jax.plan.hlo import Compiled
+from llama_jax.plan.trace import Texts
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -36,34 +38,21 @@ GiB = 2**30
 PLACES = (str(Path(config.__file__).resolve().parents[2]), str(Path(sys.prefix) / "libtpu"))
 
 
-class Compiled(NamedTuple):
-    """One step, of training or of decoding, on one device."""
-
-    hbm_gib: float  # arguments, results that are not written over them, temporaries
-    argument_gib: float
-    temporary_gib: float
-    cycles: dict[str, float]  # by sort of work; Pallas kernels and collectives have none
-    flops: float  # executed, kernels included
-    kernel_flops: float  # of Pallas kernels alone
-    collectives: list[dict[str, Any]]  # hlo.Collective
-    seconds: float  # of compiling
-
-
 class DoesNotFit(ValueError):
     """The compiler ran out of the slice's memory."""
 
 
-def compile(run: config.Run, name: str, decode: Sequence = ()) -> Compiled:
+def compile(run: config.Run, name: str, texts: Texts | None = None) -> Compiled:
     """Figures of `run` on the slice `name`. DoesNotFit, or ValueError on what cannot be compiled.
 
-    The training step, or with `decode`, the values of a decoding.Texts, one of decoding.
+    Of the training step or, with `texts`, of a token of each.
     """
     path = [*PLACES, *sys.path]
     if PathFinder.find_spec("libtpu", path) is None:
         raise ValueError(
             "compiling for a TPU needs libtpu; install it with: pip install -e '.[tpu]'"
         )
-    request = json.dumps({"run": config.to_dict(run), "slice": name, "decode": list(decode)})
+    request = json.dumps({"run": config.to_dict(run), "slice": name, "texts": texts})
     child = subprocess.run(
         [sys.executable, "-c", "from llama_jax.plan import aot; aot.answer()"],
         input=request,
@@ -81,15 +70,15 @@ def compile(run: config.Run, name: str, decode: Sequence = ()) -> Compiled:
         raise DoesNotFit(message)
     if message := answer.get("error"):
         raise ValueError(message)
-    return Compiled(**answer)
+    return Compiled.from_dict(answer)
 
 
 def answer() -> None:
     """The other process: one request on standard input, one line of JSON on standard output."""
     request = json.load(sys.stdin)
     try:
-        run = config.from_dict(request["run"])
-        said = _compile(run, request["slice"], request["decode"])._asdict()
+        run, texts = config.from_dict(request["run"]), request["texts"]
+        said = _compile(run, request["slice"], Texts(*texts) if texts else None).to_dict()
     except ValueError as error:
         said = {"error": str(error)}
     except Exception as error:  # JAX raises the compiler's errors as RuntimeErrors of its own
@@ -99,19 +88,10 @@ def answer() -> None:
     sys.stdout.write(json.dumps(said) + "\n")
 
 
-def _compile(run: config.Run, name: str, decode: Sequence) -> Compiled:
-    from llama_jax import sharding
-    from llama_jax.analysis import flops
-    from llama_jax.plan import decoding, hlo
-    from llama_jax.train import program as programs
-
+def _compile(run: config.Run, name: str, texts: Texts | None) -> Compiled:
     start = time.monotonic()
     layout = sharding.make(run.mesh, devices(hardware.find_slice(name)))
-    if decode:
-        traced = decoding.trace(run.model, layout, decoding.Texts(*decode))
-    else:
-        program = programs.build(run, layout)
-        traced = program.step.trace(program.state, program.frozen, program.batch)
+    traced = trace.decoding(run.model, layout, texts) if texts else trace.training(run, layout)
     executed = flops.executed(traced.jaxpr.jaxpr)
     options = hardware.compiler_options(hardware.find_slice(name).device)
     with tempfile.TemporaryDirectory() as dump:
@@ -131,7 +111,7 @@ def _compile(run: config.Run, name: str, decode: Sequence) -> Compiled:
         cycles=hlo.cycles(scheduled),
         flops=executed.total / layout.mesh.size,
         kernel_flops=executed.kernels / layout.mesh.size,
-        collectives=[one._asdict() for one in hlo.merged(hlo.collectives(scheduled))],
+        collectives=hlo.merged(hlo.collectives(scheduled)),
         seconds=time.monotonic() - start,
     )
 

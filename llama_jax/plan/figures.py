@@ -8,11 +8,12 @@ import jax
 from llama_jax import config, sharding
 from llama_jax.analysis import carbon, flops, hardware, memory
 from llama_jax.plan import aot, roofline
+from llama_jax.plan.hlo import Compiled
 from llama_jax.train import program as programs
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """Of one run on one slice. None: not known without the compiler, or not published of the device.
 
     Bytes, cycles and FLOPs are of one device (a chip; on TPU v2, v3 and v7x half of one) and one optimiser
@@ -46,7 +47,7 @@ class Plan:
     compile_seconds: float | None
 
 
-def plan(run: config.Run, name: str, compile: bool) -> Plan:
+def plan(run: config.Run, name: str, compile: bool) -> TrainingPlan:
     """Figures of `run` on the slice `name`, by formula and, if asked and there is one, by the compiler."""
     if not (compile and hardware.find_slice(name).topology):
         return of(run, name, None)
@@ -56,7 +57,7 @@ def plan(run: config.Run, name: str, compile: bool) -> Plan:
         return of(run, name, error)
 
 
-def of(run: config.Run, name: str, compiled: aot.Compiled | aot.DoesNotFit | None) -> Plan:
+def of(run: config.Run, name: str, compiled: Compiled | aot.DoesNotFit | None) -> TrainingPlan:
     """The same from what the compiler said; None: by formula."""
     slice_ = hardware.find_slice(name)
     device = hardware.DEVICES[slice_.device]
@@ -79,7 +80,7 @@ def of(run: config.Run, name: str, compiled: aot.Compiled | aot.DoesNotFit | Non
     return _of(known, compiled.hbm_gib, "compiler", **_times(run, slice_, model, compiled))
 
 
-def _times(run, slice_, model: float, compiled: aot.Compiled) -> dict[str, Any]:
+def _times(run, slice_, model: float, compiled: Compiled) -> dict[str, Any]:
     device = hardware.DEVICES[slice_.device]
     took = roofline.seconds(compiled, slice_, memory.offloaded(run))
     mfu = lambda seconds: model / seconds / (device.bf16_tflops * 1e12)  # noqa: E731
@@ -104,25 +105,27 @@ def _times(run, slice_, model: float, compiled: aot.Compiled) -> dict[str, Any]:
     )
 
 
-def _collectives(compiled: aot.Compiled, slice_: hardware.Slice) -> list[dict[str, Any]]:
+def _collectives(compiled: Compiled, slice_: hardware.Slice) -> list[dict[str, Any]]:
     """One line a kind: count and GiB a step, seconds by themselves, seconds that nothing covers."""
     clock = hardware.DEVICES[slice_.device].ghz * 1e9
     lines: dict[tuple, dict[str, Any]] = {}
     for one in compiled.collectives:
-        key = (one["kind"], one["started"])
+        key = (one.kind, one.started)
         zero = dict(kind=key[0], started=key[1], count=0, gib=0.0, seconds=0.0, exposed_seconds=0.0)
         line = lines.setdefault(key, zero)
         alone = roofline.collective(one, slice_)
-        line["count"] += one["times"]
-        line["gib"] += one["bytes"] * one["times"] / 2**30
-        line["seconds"] += alone * one["times"]
-        line["exposed_seconds"] += roofline.exposed(one, slice_, clock) * one["times"]
+        line["count"] += one.times
+        line["gib"] += one.bytes * one.times / 2**30
+        line["seconds"] += alone * one.times
+        line["exposed_seconds"] += roofline.exposed(one, slice_, clock) * one.times
     return sorted(lines.values(), key=lambda line: -line["gib"])
 
 
-def _of(known: dict[str, Any], hbm: float, source: str, fits: bool | None = None, **more) -> Plan:
-    names = [field.name for field in dataclasses.fields(Plan)]
+def _of(
+    known: dict[str, Any], hbm: float, source: str, fits: bool | None = None, **more
+) -> TrainingPlan:
+    names = [field.name for field in dataclasses.fields(TrainingPlan)]
     values = {**dict.fromkeys(names), **known, **more}
     values |= dict(hbm_gib_per_chip=hbm, hbm_from=source)
     values["fits"] = hbm <= known["hbm_limit_gib"] if fits is None else fits
-    return Plan(**values)
+    return TrainingPlan(**values)

@@ -150,16 +150,16 @@ def _seconds(run: config.Run, flops_per_token: float, slice_: hardware.Slice) ->
         / mesh.tensor
     )  # bytes of one layer's parameters in bfloat16
     apart, sharded = mesh.tensor, mesh.tensor * mesh.context * mesh.fsdp
-    gather = dict(kind="all-gather", bytes=layer, parts=mesh.fsdp * mesh.context, apart=apart)
-    weights = model.layers * roofline.collective(gather, slice_) * (mesh.fsdp > 1)
+    exchange = functools.partial(roofline.exchange, slice_)
+    gather = exchange("all-gather", layer, mesh.fsdp * mesh.context, apart)
+    weights = model.layers * gather * (mesh.fsdp > 1)
     rows = mesh.slices * mesh.data * mesh.fsdp
     row = 2 * run.tokens_per_step / run.train.microbatches / rows / mesh.context
-    between = dict(kind="all-gather", bytes=row * model.dim, parts=mesh.tensor, apart=1)
-    activations = 10 * roofline.collective(between, slice_) * (mesh.tensor > 1)
+    between = exchange("all-gather", row * model.dim, mesh.tensor)
+    activations = 10 * between * (mesh.tensor > 1)
     # Heads for positions and back: queries, keys, values and what comes out, and their gradients.
     heads = row * model.head_dim * 2 * (model.heads + model.kv_heads) / mesh.tensor
-    exchange = dict(kind="all-to-all", bytes=heads, parts=mesh.context, apart=apart)
-    activations += 3 * roofline.collective(exchange, slice_) * (mesh.context > 1)
+    activations += 3 * exchange("all-to-all", heads, mesh.context, apart) * (mesh.context > 1)
     # Weights are gathered behind the products, forward and backward; their gradients are reduced behind them
     # by sparse cores alone. Activations are exchanged between them. Whether copies to the host hide behind
     # anything is not known.
@@ -171,8 +171,8 @@ def _seconds(run: config.Run, flops_per_token: float, slice_: hardware.Slice) ->
         between_products += micro * model.layers * shard / (device.dcn_gb_s * 1e9)
     if not slice_.topology and mesh.data > 1:  # and those of one group of GPUs to another's
         shard = layer / (mesh.fsdp * mesh.context)
-        summed = dict(kind="all-reduce", bytes=shard, parts=mesh.data, apart=sharded)
-        between_products += micro * model.layers * roofline.collective(summed, slice_)
+        summed = exchange("all-reduce", shard, mesh.data, sharded)
+        between_products += micro * model.layers * summed
     return max(products, micro * hidden * weights) + between_products + kept_by_host
 
 

@@ -9,7 +9,7 @@ import collections
 import math
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 COLLECTIVES = (
     *("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all"),
@@ -60,6 +60,28 @@ class Collective(NamedTuple):
     covered: float  # cycles of that work
     in_loop: bool
     source: str
+
+
+class Compiled(NamedTuple):
+    """One step, of training or of decoding, on one device."""
+
+    hbm_gib: float  # arguments, results that are not written over them, temporaries
+    argument_gib: float
+    temporary_gib: float
+    cycles: dict[str, float]  # by sort of work; Pallas kernels and collectives have none
+    flops: float  # executed, kernels included
+    kernel_flops: float  # of Pallas kernels alone
+    collectives: list[Collective]
+    seconds: float  # of compiling
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return {**self._asdict(), "collectives": [one._asdict() for one in self.collectives]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Compiled":
+        collectives = [Collective(**one) for one in values["collectives"]]
+        return cls(**{**values, "collectives": collectives})
 
 
 class Program(NamedTuple):

@@ -8,11 +8,10 @@ it, but never faster than every product at the peak rate. docs/scale.md holds it
 
 import itertools
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llama_jax.analysis import hardware
-from llama_jax.plan.aot import Compiled
+from llama_jax.plan.hlo import Collective, Compiled
 
 SPREAD = 1.16  # from the estimate to either end: high over low is 1.35
 HOST_GB_S = 16.0  # a chip's share of the PCIe bus of its host, one way: assumed
@@ -70,7 +69,7 @@ def seconds(compiled: Compiled, slice_: hardware.Slice, offloaded: float = 0.0) 
         compute=sum(compiled.cycles.values()) / clock,
         slower=rates.slower,
         kernels=compiled.kernel_flops / (rates.kernel * device.bf16_tflops * 1e12),
-        exposed=sum(one["times"] * exposed(one, slice_, clock) for one in compiled.collectives),
+        exposed=sum(one.times * exposed(one, slice_, clock) for one in compiled.collectives),
         host=host(offloaded),
         at_peak=compiled.flops / (device.bf16_tflops * 1e12),
     )
@@ -81,30 +80,35 @@ def host(offloaded: float) -> float:
     return 2 * offloaded / (HOST_GB_S * 1e9)
 
 
-def exposed(one: Mapping[str, Any], slice_: hardware.Slice, clock: float) -> float:
+def exposed(one: Collective, slice_: hardware.Slice, clock: float) -> float:
     """Seconds of one collective that no work scheduled beside it covers."""
-    return max(0.0, collective(one, slice_) - one["covered"] / clock)
+    return max(0.0, collective(one, slice_) - one.covered / clock)
 
 
-def collective(one: Mapping[str, Any], slice_: hardware.Slice) -> float:
-    """Seconds of one collective by itself, on rings over the links that its group has.
+def collective(one: Collective, slice_: hardware.Slice) -> float:
+    """Seconds of one collective by itself."""
+    return exchange(slice_, one.kind, one.bytes, one.parts)
+
+
+def exchange(slice_: hardware.Slice, kind: str, bytes_: float, parts: int, apart: int = 1) -> float:
+    """Seconds of a collective in a group of so many devices, on rings over the links that it has.
 
     Between slices the compiler makes sends, through the data centre's network, and receives, which come
-    the other way meanwhile. Of GPUs `one["apart"]` is the distance of neighbours in the group, in the order
-    of devices, which fills one node after another.
+    the other way meanwhile. Of GPUs `apart` is the distance of neighbours in the group, in the order of
+    devices, which fills one node after another.
     """
-    device, parts = hardware.DEVICES[slice_.device], max(one["parts"], 2)
-    if one["kind"] == "send":
-        return one["bytes"] / (device.dcn_gb_s * 1e9)
-    if one["kind"] == "recv":
+    device, parts = hardware.DEVICES[slice_.device], max(parts, 2)
+    if kind == "send":
+        return bytes_ / (device.dcn_gb_s * 1e9)
+    if kind == "recv":
         return 0.0
     link = device.link_gb_s * 1e9
-    if one["kind"] == "collective-permute":
-        return one["bytes"] / link
-    share = (parts - 1) / parts * (2 if one["kind"] == "all-reduce" else 1)
+    if kind == "collective-permute":
+        return bytes_ / link
+    share = (parts - 1) / parts * (2 if kind == "all-reduce" else 1)
     if not slice_.topology:
-        return one["bytes"] * share / (1e9 * between_gpus(device, parts, one["apart"]))
-    return one["bytes"] * share / (link * links(slice_.topology, parts))
+        return bytes_ * share / (1e9 * between_gpus(device, parts, apart))
+    return bytes_ * share / (link * links(slice_.topology, parts))
 
 
 def between_gpus(device: hardware.Device, parts: int, apart: int) -> float:

@@ -1,8 +1,10 @@
-"""Imports go down only (docs/architecture.md): a room may use its own floor's room and those below."""
+"""Imports go down (docs/architecture.md): a package may use itself and the layers below, and no two files each
+other, directly or around."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -17,44 +19,99 @@ LAYERS = {
     6: {"run", "plan"},
     7: {"study"},
 }
-FLOOR = {room: level for level, rooms in LAYERS.items() for room in rooms}
+LAYER = {package: layer for layer, packages in LAYERS.items() for package in packages}
 WITHOUT_JAX = ("tokenizer", "config", "dims.py", "interrupt.py")
 FILES = sorted((ROOT / "llama_jax").rglob("*.py"))
 
 
-def room_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     return path.relative_to(ROOT / "llama_jax").parts[0].removesuffix(".py")
 
 
-def imports(path: Path) -> set[str]:
-    """Full names of the modules that a file imports."""
+def imports(text: str) -> set[str]:
+    """Full names that a file imports anywhere in it, within functions too."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports name the whole path"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
+def uses(texts: dict[str, str]) -> dict[str, set[str]]:
+    """{module: modules of the library that it imports} from {module: its text}, both by full names.
+
+    A name that is no module is one of the module before its last dot.
+    """
+    named = {module: imports(text) for module, text in texts.items()}
+    whole = {
+        module: {name if name in texts else name.rpartition(".")[0] for name in names}
+        for module, names in named.items()
+    }
+    return {module: names & texts.keys() for module, names in whole.items()}
+
+
+def circle(graph: dict[str, Iterable[str]]) -> list[str]:
+    """The first circle that is found, with its first module again at its end; empty if there is none."""
+    done: set[str] = set()
+
+    def follow(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        found = (follow(other, [*path, module]) for other in sorted(graph[module]))
+        first = next(filter(None, found), [])
+        done.add(module)
+        return first
+
+    return next(filter(None, (follow(module, []) for module in sorted(graph))), [])
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_down(path):
-    own = room_of(path)
+    own = package_of(path)
     if own in ("__init__", "__main__"):
         return
-    assert own in FLOOR, f"{own} is a new room: give it a floor here and in docs/architecture.md"
-    for name in imports(path):
+    assert own in LAYER, f"{own} is new: give it a layer here and in docs/architecture.md"
+    for name in imports(path.read_text()):
         assert not name.startswith(("experiments", "configs", "tests")), name
-        if name.startswith("llama_jax."):
-            room = name.split(".")[1]
-            allowed = room == own or FLOOR[room] < FLOOR[own] or FLOOR[own] == 0
-            assert allowed, f"{own} (floor {FLOOR[own]}) imports {name} (floor {FLOOR[room]})"
+        if name.startswith("llama_jax.") and name != "llama_jax.__version__":
+            other = name.split(".")[1]
+            # The lowest layer is one of foundations, which may rest on one another.
+            allowed = other == own or LAYER[other] < LAYER[own] or LAYER[other] == LAYER[own] == 0
+            assert allowed, f"{own} (layer {LAYER[own]}) imports {name} (layer {LAYER[other]})"
+
+
+def test_no_files_import_one_another_in_a_circle():
+    texts = {}
+    for path in FILES:
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        texts[module.removesuffix(".__init__")] = path.read_text()
+    found = circle(uses(texts))
+    assert not found, f"files import one another in a circle: {' -> '.join(found)}"
+
+
+def test_a_circle_is_found_within_functions_and_through_packages():
+    texts = {
+        "a": "",
+        "a.b": "from a import c",
+        "a.c": "def f():\n    from a.d.e import g",
+        "a.d": "",
+        "a.d.e": "import a.b",
+        "a.f": "from a import b",
+    }
+    assert circle(uses(texts)) == ["a.b", "a.c", "a.d.e", "a.b"]
+    assert circle(uses({**texts, "a.d.e": ""})) == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_rooms_without_jax_stay_so(path):
+def test_packages_without_jax_stay_so(path):
     if str(path.relative_to(ROOT / "llama_jax")).startswith(WITHOUT_JAX):
-        assert not {name.split(".")[0] for name in imports(path)} & {"jax", "flax", "optax"}
+        names = {name.split(".")[0] for name in imports(path.read_text())}
+        assert not names & {"jax", "flax", "optax"}
 
 
 def test_only_sharding_names_mesh_axes():

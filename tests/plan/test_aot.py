@@ -35,10 +35,10 @@ def formula(run):
 @pytest.mark.slow  # a minute of both cores
 def test_gradients_are_scattered_and_gathers_hide_behind_work():
     for one in compiled().collectives:
-        if one["in_loop"]:
-            assert one["kind"] != "all-reduce" or one["bytes"] <= 2**20, one
-            assert one["kind"] != "all-gather" or one["started"], one
-    kinds = {one["kind"] for one in compiled().collectives if one["in_loop"]}
+        if one.in_loop:
+            assert one.kind != "all-reduce" or one.bytes <= 2**20, one
+            assert one.kind != "all-gather" or one.started, one
+    kinds = {one.kind for one in compiled().collectives if one.in_loop}
     assert "all-gather" in kinds
     assert kinds & {"collective-permute", "reduce-scatter"}
 

@@ -7,14 +7,15 @@ import pytest
 
 from configs import sizes
 from llama_jax import config, sharding, tree
+from llama_jax.analysis import hardware
 from llama_jax.decode import engine
 from llama_jax.model import transformer
-from llama_jax.plan import decoding
+from llama_jax.plan import decoding, hlo, trace
 from llama_jax.quant.network import quantise
 from tests import parameters
 
 MESH = config.Mesh(tensor=8, fsdp=2, hardware="v5e_16")
-TEXTS = decoding.Texts(rows=8, context=2048, bits=8)
+TEXTS = trace.Texts(rows=8, context=2048, bits=8)
 
 
 def gib(part):
@@ -24,13 +25,13 @@ def gib(part):
 def test_bytes_of_a_chip_are_those_of_the_network():
     """Llama 3.1 70B: every matrix over all 16 chips, keys and values over 8 of their heads' 8 parts."""
     layout = sharding.abstract(MESH, 16)
-    _, params, rows = decoding.abstract(sizes.LLAMA31_70B, layout, TEXTS)
+    _, params, rows = trace.abstract(sizes.LLAMA31_70B, layout, TEXTS)
     matrices = 70_553_706_496 - (2 * 80 + 1) * 8192
     of_values = matrices / 16 / 2**30
     assert of_values < gib(params) < of_values * 1.002  # a scale a channel
     kept = 8 * 2304 * 80 * 2 * 8 * 128 * 2 / 8  # places for 2,048 tokens and a call
     assert gib(rows.cache) == pytest.approx(kept / 2**30)
-    four = decoding.abstract(sizes.LLAMA31_70B, layout, TEXTS._replace(bits=4))[1]
+    four = trace.abstract(sizes.LLAMA31_70B, layout, TEXTS._replace(bits=4))[1]
     layers = matrices - 2 * 128_256 * 8192
     wanted = (layers * (4 + 16 / 32) / 8 + 2 * 128_256 * 8192) / 16 / 2**30
     assert gib(four) == pytest.approx(wanted, rel=0.002)
@@ -66,8 +67,8 @@ def test_arrays_are_those_of_generating():
     mesh = config.Mesh(data=2, fsdp=2, tensor=2)
     layout = sharding.make(mesh, jax.devices())
     for bits in (16, 8, 4):
-        texts = decoding.Texts(rows=3, context=300, bits=bits)
-        _, params, rows = decoding.abstract(model, sharding.abstract(mesh, 8), texts)
+        texts = trace.Texts(rows=3, context=300, bits=bits)
+        _, params, rows = trace.abstract(model, sharding.abstract(mesh, 8), texts)
         module = transformer.build(model, layout)
         made = parameters.drawn(module)
         letters = transformer.letters(module)
@@ -92,7 +93,5 @@ def test_arrays_are_those_of_generating():
 )
 def test_hops_go_along_the_sides_of_the_slice(kind, parts, hops):
     """v5e-16 is 4 x 4: 8 chips are 4 x 2."""
-    from llama_jax.analysis import hardware
-
-    one = {"kind": kind, "parts": parts}
+    one = hlo.Collective(kind, 1, 1, parts, False, 0.0, False, "")
     assert decoding.hops(one, hardware.SLICES["v5e_16"]) == hops

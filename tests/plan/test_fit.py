@@ -125,9 +125,7 @@ def test_a_batch_that_does_not_divide_by_the_nodes_is_said():
 def test_between_nodes_a_group_has_the_ports_of_its_members():
     """A100: NVLink 300 GB/s; 8 ports of 25 GB/s for a group of whole nodes, one port for every eighth GPU."""
     slice_ = hardware.find_slice("a100_64")
-    seconds = lambda parts, apart: roofline.collective(
-        dict(kind="all-gather", bytes=64e9, parts=parts, apart=apart), slice_
-    )
+    seconds = lambda parts, apart: roofline.exchange(slice_, "all-gather", 64e9, parts, apart)
     assert seconds(8, 1) == pytest.approx(64 * 7 / 8 / 300)
     assert seconds(64, 1) == pytest.approx(64 * 63 / 64 / 200)
     assert seconds(8, 8) == pytest.approx(64 * 7 / 8 / 25)

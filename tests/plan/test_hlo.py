@@ -1,5 +1,6 @@
 """A scheduled program small enough to count by hand, in the compiler's notation."""
 
+import json
 import math
 
 import pytest
@@ -113,3 +114,11 @@ def test_collectives_have_bytes_parts_and_cover(program):
 
 def test_kernels_are_counted_by_name(program):
     assert hlo.kernels(program) == {"splash_mha_fwd": 1}
+
+
+def test_figures_of_a_program_survive_json(program):
+    """As which the compiler's process hands them over; what hides within products hides for ever."""
+    found = hlo.collectives(program)
+    assert any(math.isinf(one.covered) for one in found)
+    compiled = hlo.Compiled(1.5, 1.0, 0.5, hlo.cycles(program), 7.0, 0.0, found, 2.0)
+    assert hlo.Compiled.from_dict(json.loads(json.dumps(compiled.to_dict()))) == compiled

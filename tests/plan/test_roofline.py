@@ -4,14 +4,16 @@ import pytest
 
 from llama_jax.analysis import hardware
 from llama_jax.plan import roofline
-from llama_jax.plan.aot import Compiled
+from llama_jax.plan.hlo import Collective, Compiled
 
 V4_32 = hardware.SLICES["v4_32"]  # 2 x 2 x 4 chips
 
 
+GATHER = Collective("all-gather", 45_000_000_000, 2, 16, False, 0.0, True, "")
+
+
 def gather(**changed):
-    one = dict(kind="all-gather", bytes=45e9, parts=16, times=2, started=False, covered=0.0)
-    return {**one, **changed}
+    return GATHER._replace(**changed)
 
 
 def compiled(collectives):
