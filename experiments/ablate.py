@@ -179,7 +179,8 @@ def finish(study, cell, seed, machine, folder, prepared, rows, result) -> None:
         if not table or times * run.data.seq_len <= table
     }
     if hosts.first():
-        need = memory.need(run, machine.program.state, machine.kind, machine.program.frozen)
+        program = machine.program
+        need = memory.need(run, program.module.layout, program.state, machine.kind, program.frozen)
         more = {"memory_gib": need.total}
         runcard.write(session.card(run, result, prepared, command_of(cell, seed), more), folder)
         record.write_scores(folder, scores)  # last: it says that the run is done

@@ -1,14 +1,16 @@
 """Where arrays live: the mesh, the letter tables, the Layout that turns letters into shardings.
 
-The only file that knows mesh axes and PartitionSpec. Two tables, one for parameters and one for
-activations, map a letter to mesh axes; everything else speaks letters. A dimension that does not
-divide raises; nothing is silently replicated.
+The only file that knows mesh axes and PartitionSpec. Tables, one for each place that an array can be in, map
+a letter to mesh axes; everything else speaks letters, and asks a Layout how many devices share what. A
+dimension that does not divide raises; nothing is silently replicated.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +38,50 @@ ACTIVATIONS = {**BATCH, **GATHERED, "T": ("context", "tensor")}
 # Within attention every position is needed: heads take the place of positions over context (all-to-all,
 # arXiv:2309.14509).
 HEADS = {**ACTIVATIONS, "N": ("tensor", "context"), "K": ("tensor", "context"), "T": ()}
-# Decoding reads every weight for a few tokens: weights stay where they are at rest, and the small activations
-# go around (arXiv:2211.05102 section 3.2.2). So rows are not spread over fsdp; there is one position of each.
-STATIONARY = {"B": ("slices", "data"), "T": ()}
+# Decoding has one position of each row, and rows that are not spread over fsdp.
+_ONE_POSITION = {"B": ("slices", "data"), "T": ()}
+
+Table = Mapping[str, tuple[str, ...]]  # letter -> mesh axes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tables:
+    """The table of each place that an array can be in. Equal to itself alone, so that it can be hashed."""
+
+    at_rest: Table  # parameters
+    in_use: Table  # parameters
+    batch: Table
+    activations: Table
+    heads: Table  # within attention
+    products: Table | None  # what a product has just made; None: where XLA has it
+
+
+TRAINING = Tables(
+    at_rest=PARAMETERS,
+    in_use=GATHERED,
+    batch=BATCH,
+    activations=ACTIVATIONS,
+    heads=HEADS,
+    products=None,
+)
+# Decoding reads every weight for a few tokens: weights are used where they rest, and the small activations
+# go around (arXiv:2211.05102 section 3.2.2), spread as the weights are. Left free, XLA may gather the weights
+# after all to have a product whole.
+DECODING = Tables(
+    at_rest=PARAMETERS,
+    in_use=PARAMETERS,
+    batch={**BATCH, **_ONE_POSITION},
+    activations={**ACTIVATIONS, **_ONE_POSITION},
+    heads={**HEADS, **_ONE_POSITION},
+    products={**ACTIVATIONS, **PARAMETERS, **_ONE_POSITION},
+)
+
+
+class Group(NamedTuple):
+    """Devices that share the work on one array, or exchange parts of it."""
+
+    parts: int  # their number
+    apart: int  # from one to the next, in the order of the mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +89,13 @@ class Layout:
     """A mesh and what each letter means on it. Hashable, so that modules may hold it."""
 
     mesh: Mesh | AbstractMesh  # abstract: for shapes, before there are devices
-    stationary: bool = False  # weights; see STATIONARY
+    tables: Tables = TRAINING
 
     def param(self, letters: str) -> NamedSharding:
-        return NamedSharding(self.mesh, self._spec(PARAMETERS, letters))
+        return NamedSharding(self.mesh, _spec(self.tables.at_rest, letters))
 
     def batch(self, letters: str) -> NamedSharding:
-        return NamedSharding(self.mesh, self._spec(BATCH, letters))
+        return NamedSharding(self.mesh, _spec(self.tables.batch, letters))
 
     @property
     def replicated(self) -> NamedSharding:
@@ -61,27 +104,48 @@ class Layout:
     @property
     def row_parts(self) -> int:
         """The number of parts that the rows of a batch are spread over."""
-        return self._parts(BATCH, "B")
+        return self._parts(self.tables.batch, "B")
 
     @property
     def position_parts(self) -> int:
         """The number of parts that the positions of a row are spread over between layers."""
-        return self._parts(ACTIVATIONS, "T")
+        return self._parts(self.tables.activations, "T")
+
+    @property
+    def slices(self) -> int:
+        return self.mesh.shape["slices"]
+
+    @property
+    def shards(self) -> Group:
+        """The devices that a parameter is gathered from: each has a part of its narrow width."""
+        return self._group(*self.tables.at_rest["D"])
+
+    @property
+    def wide(self) -> Group:
+        """The devices that split heads and hidden widths."""
+        return self._group(*self.tables.at_rest["F"])
+
+    @property
+    def exchanging(self) -> Group:
+        """The devices that exchange positions for heads around attention."""
+        return self._group(*(set(self.tables.heads["N"]) - set(self.tables.activations["N"])))
+
+    @property
+    def replicas(self) -> Group:
+        """The devices of a slice that hold the same part of every parameter."""
+        return self._group("data")
 
     @property
     def decoding(self) -> "Layout":
-        return dataclasses.replace(self, stationary=True)
+        return dataclasses.replace(self, tables=DECODING)
 
     def act(self, x: jax.Array, letters: str) -> jax.Array:
         """Constrain an activation inside jit: `layout.act(x_BTD, "BTD")`."""
-        return self._constrain(x, ACTIVATIONS, letters)
+        return self._constrain(x, self.tables.activations, letters)
 
     def made(self, x: jax.Array, letters: str) -> jax.Array:
-        """Constrain what a product has just made: where weights are stationary, spread as they are.
-
-        Left free, XLA may gather the weights after all to have it whole.
-        """
-        return self._constrain(x, {**ACTIVATIONS, **PARAMETERS}, letters) if self.stationary else x
+        """Constrain what a product has just made, where its table says how."""
+        return self._constrain(x, self.tables.products, letters) if self.tables.products else x
 
     def materialise(self, x: jax.Array) -> jax.Array:
         """Keep XLA from computing x again inside each operation that reads it."""
@@ -89,10 +153,10 @@ class Layout:
 
     def rest(self, w: jax.Array, letters: str) -> jax.Array:
         """Constrain a parameter, or its gradient, to the place where the parameter is kept."""
-        return self._constrain(w, PARAMETERS, letters)
+        return self._constrain(w, self.tables.at_rest, letters)
 
     def gather(self, w: jax.Array, letters: str, dtype: str) -> jax.Array:
-        """A parameter for use: cast, then whole over fsdp, unless it is stationary.
+        """A parameter for use: cast, then whole over fsdp, unless it is used where it rests.
 
         The gradient is constrained to the shard at once, so that it is reduce-scattered. The transpose of
         a mere constraint would ask for the whole gradient on every device: an all-reduce, twice the
@@ -100,7 +164,7 @@ class Layout:
         """
         if self.mesh.size == 1:
             return w.astype(dtype)
-        if self.stationary:
+        if self.tables.in_use is self.tables.at_rest:
             return self.rest(w.astype(dtype), letters)
         return _gather(self.rest(w.astype(dtype), letters), self, letters)
 
@@ -109,30 +173,30 @@ class Layout:
 
         Where there are more parts than key heads, those are repeated.
         """
-        self.check((q_BNTH.shape[1],), "N", "attention", HEADS)
+        self.check((q_BNTH.shape[1],), "N", "attention", self.tables.heads)
         times = self.key_heads(keys_BKSH[0].shape[1]) // keys_BKSH[0].shape[1]
         keys = (jnp.repeat(x, times, axis=1) if times > 1 else x for x in keys_BKSH)
         return (
-            self._constrain(q_BNTH, HEADS, "BNTH"),
-            *(self._constrain(x, HEADS, "BKSH") for x in keys),
+            self._constrain(q_BNTH, self.tables.heads, "BNTH"),
+            *(self._constrain(x, self.tables.heads, "BKSH") for x in keys),
         )
 
     def key_heads(self, kv_heads: int) -> int:
         """Their number after `heads`."""
-        return math.lcm(self._parts(HEADS, "K"), kv_heads)
+        return math.lcm(self._parts(self.tables.heads, "K"), kv_heads)
 
     def cache(self, letters: str) -> NamedSharding:
         """Of keys and values that wait for later queries."""
         if self.mesh.size == 1:  # what XLA makes of it, and gives back
             return self.replicated
-        return NamedSharding(self.mesh, self._spec(HEADS, letters))
+        return NamedSharding(self.mesh, _spec(self.tables.heads, letters))
 
     def on_own_heads(self, attend, q_BNTH, k_BKSH, v_BKSH, segments_BT) -> jax.Array:
         """Call `attend` on each device with its own rows and heads, for kernels that see one device."""
         arrays = (*self.heads(q_BNTH, k_BKSH, v_BKSH), segments_BT)
         if self.mesh.size == 1:
             return attend(*arrays)
-        own = functools.partial(self._spec, HEADS)
+        own = functools.partial(_spec, self.tables.heads)
         specs = (own("BNTH"), *(own("BKSH"),) * 2, own("BT"))
         call = jax.shard_map(
             attend, mesh=self.mesh, in_specs=specs, out_specs=specs[0], check_vma=False
@@ -142,15 +206,21 @@ class Layout:
     def _constrain(self, x, table, letters):
         if self.mesh.size == 1:
             return x
-        place = NamedSharding(self.mesh, self._spec(table, letters))
+        place = NamedSharding(self.mesh, _spec(table, letters))
         return jax.lax.with_sharding_constraint(x, place)
 
-    def check(self, shape: Sequence[int], letters: str, what: str, table=PARAMETERS) -> None:
-        """ValueError unless every dimension divides by the devices that its letter is spread over."""
+    def check(
+        self, shape: Sequence[int], letters: str, what: str, table: Table | None = None
+    ) -> None:
+        """ValueError unless every dimension divides by the devices that its letter is spread over.
+
+        table: that of parameters at rest, if none is given.
+        """
+        table = table or self.tables.at_rest
         for size, letter in zip(shape, letters, strict=True):
             parts = self._parts(table, letter)
             if size % parts:
-                axes = [axis for axis in self._table(table)[letter] if self.mesh.shape[axis] > 1]
+                axes = [axis for axis in table[letter] if self.mesh.shape[axis] > 1]
                 given = " x ".join(f"mesh.{axis}={self.mesh.shape[axis]}" for axis in axes)
                 named = " x ".join(f"mesh.{axis}" for axis in axes)
                 of, near = dims.LETTERS[letter], max(parts, round(size / parts) * parts)
@@ -161,7 +231,7 @@ class Layout:
 
     def check_rows(self, rows: int) -> None:
         """ValueError unless so many rows, one microbatch, spread evenly over the devices."""
-        self.check((rows,), "B", "batch", BATCH)
+        self.check((rows,), "B", "batch", self.tables.batch)
 
     def host_rows(self, rows: int, process: int | None = None) -> np.ndarray:
         """The global rows that the devices of a process hold, this one's if none is named, ascending.
@@ -179,21 +249,23 @@ class Layout:
         shape = (rows, *local.shape[1:])
         return jax.make_array_from_process_local_data(self.batch(letters), local, shape)
 
-    def _parts(self, table, letter: str) -> int:
-        return math.prod(self.mesh.shape[axis] for axis in self._table(table)[letter])
+    def _parts(self, table: Table, letter: str) -> int:
+        return self._group(*table[letter]).parts
 
-    def _table(self, table: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-        return {**table, **STATIONARY} if self.stationary else table
+    def _group(self, *axes: str) -> Group:
+        sizes = self.mesh.shape
+        within = AXES[max((AXES.index(axis) for axis in axes), default=len(AXES)) + 1 :]
+        return Group(math.prod(sizes[a] for a in axes), math.prod(sizes[a] for a in within))
 
-    def _spec(self, table, letters: str) -> PartitionSpec:
-        """T takes those of its axes that no other dimension has."""
-        table = self._table(table)
-        taken = {axis for letter in letters if letter != "T" for axis in table[letter]}
-        axes = (
-            tuple(axis for axis in table[letter] if letter != "T" or axis not in taken)
-            for letter in letters
-        )
-        return PartitionSpec(*(of_letter or None for of_letter in axes))
+
+def _spec(table: Table, letters: str) -> PartitionSpec:
+    """T takes those of its axes that no other dimension has."""
+    taken = {axis for letter in letters if letter != "T" for axis in table[letter]}
+    axes = (
+        tuple(axis for axis in table[letter] if letter != "T" or axis not in taken)
+        for letter in letters
+    )
+    return PartitionSpec(*(of_letter or None for of_letter in axes))
 
 
 class Largest:
@@ -234,6 +306,25 @@ def abstract(mesh: config.Mesh, devices: int) -> Layout:
     return Layout(AbstractMesh(_shape(mesh, devices), AXES, axis_types=_AUTO))
 
 
+def fewest(mesh: config.Mesh) -> int:
+    """Devices that `mesh` can be laid out over: one along the axis that is given as -1."""
+    return math.prod(max(getattr(mesh, axis), 1) for axis in AXES)
+
+
+def meshes(
+    hardware: str, slices: int, chips: int, contexts: Sequence[int]
+) -> Iterator[config.Mesh]:
+    """Every mesh of powers of two over slices of so many chips, with one of the `contexts`.
+
+    tensor is at most 8: its devices exchange activations between products, and are to be neighbours.
+    """
+    powers = [2**n for n in range(chips.bit_length())]
+    for tensor, context, fsdp in itertools.product((1, 2, 4, 8), contexts, powers):
+        data, rest = divmod(chips, tensor * context * fsdp)
+        if data and not rest:
+            yield config.Mesh(slices, data, fsdp, context, tensor, hardware)
+
+
 # jax.make_mesh defaults to Explicit, under which a contraction over a sharded dimension is a type error.
 _AUTO = (AxisType.Auto,) * len(AXES)
 
@@ -261,11 +352,12 @@ _materialise.defvjp(lambda x: (_materialise(x), None), lambda _, slope: (slope,)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(w, layout, letters):
-    return layout._constrain(w, GATHERED, letters)
+    return layout._constrain(w, layout.tables.in_use, letters)
 
 
 def _gather_forward(w, layout, letters):
-    return layout._constrain(w, GATHERED, letters), None  # remat "none" knows it by the constraint
+    # Remat "none" knows it by the constraint.
+    return layout._constrain(w, layout.tables.in_use, letters), None
 
 
 def _gather_backward(layout, letters, _, slope):

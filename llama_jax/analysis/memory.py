@@ -9,7 +9,6 @@ refused there certainly does not fit.
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ import psutil
 
 from llama_jax import config
 from llama_jax.model.kernels import BLOCK, IN_ORDER_FROM
+from llama_jax.sharding import Layout
 
 
 class Need(NamedTuple):
@@ -56,34 +56,35 @@ SCORES = 3.1  # times the float32 scores that attention in blocks holds at once,
 LANES = 128  # the last dimension of an array takes a multiple of it in a TPU's memory
 
 
-def need(run: config.Run, state: Any, device_kind: str = "", frozen: Any = ()) -> Need:
+def need(
+    run: config.Run, layout: Layout, state: Any, device_kind: str = "", frozen: Any = ()
+) -> Need:
     """Memory of a run whose state and frozen arrays have these shapes and shardings."""
-    mesh = jax.tree.leaves(state)[0].sharding.mesh.shape
-    return of_bytes(run, mesh, _local((state, frozen)), _local(state.params), device_kind)
+    return of_bytes(run, layout, _local((state, frozen)), _local(state.params), device_kind)
 
 
 def of_bytes(
-    run: config.Run, mesh: Mapping[str, int], state: float, parameters: float, device_kind: str
+    run: config.Run, layout: Layout, state: float, parameters: float, device_kind: str
 ) -> Need:
     """The same from the bytes on one device: of the state with what is frozen, and of trained parameters."""
     model = run.model
     if device_kind.startswith("TPU"):
         model = padded(model)
     width = 2 if model.compute_dtype == "bfloat16" else 4
-    rows = mesh["slices"] * mesh["data"] * mesh["fsdp"]
-    tokens = run.tokens_per_step / run.train.microbatches / (rows * mesh["context"])
-    own = tokens / mesh["tensor"]  # of wide arrays a device has a part, of narrow ones some tokens
-    gathered = width * model.vocab_size * model.dim / mesh["tensor"]
+    rows, wide = layout.row_parts, layout.wide.parts
+    # Of wide arrays a device has a part, of narrow ones some tokens.
+    own = run.tokens_per_step / run.train.microbatches / (rows * layout.position_parts)
+    gathered = width * model.vocab_size * model.dim / wide
     logits = own / run.train.loss_chunks * model.vocab_size * (4 + width)
     in_compute_dtype = parameters * width / 4
-    across = math.prod(mesh.values()) > 1
+    across = layout.mesh.size > 1
     return Need(
         state=state / 2**30,
         gradients=(in_compute_dtype + parameters * (run.train.microbatches > 1)) / 2**30,
         activations=own * stored(model) * width / 2**30,
         logits=(logits + across * 2 * gathered) / 2**30,
         work=(
-            _work(model, own, width, mesh["tensor"], WORK.get(device_kind), run.data.seq_len)
+            _work(model, own, width, wide, WORK.get(device_kind), run.data.seq_len)
             + _bias(run, rows, width)
         )
         / 2**30,
@@ -152,29 +153,27 @@ def _stored_by_self(model: config.Model) -> int:
 STORED = {"self": _stored_by_self}  # by kind of block
 
 
-def offloaded(run: config.Run) -> float:
+def offloaded(run: config.Run, devices: int) -> float:
     """Bytes that each device sends to its host in a step, and reads back, under remat 'offload'."""
     model = run.model
     if model.remat != "offload":
         return 0.0
-    mesh = run.mesh
-    parts = mesh.slices * mesh.data * mesh.fsdp * mesh.context * mesh.tensor
     attention, keys = model.heads * model.head_dim, 2 * model.kv_heads * model.head_dim
     width = 2 if model.compute_dtype == "bfloat16" else 4
     numbers = 2 * attention + keys + 2 * model.ffn_dim
-    return run.tokens_per_step / parts * model.layers * numbers * width
+    return run.tokens_per_step / devices * model.layers * numbers * width
 
 
 def _work(
-    model: config.Model, tokens: float, width: int, tensor: int, work: Work | None, seq_len: int
+    model: config.Model, tokens: float, width: int, wide: int, work: Work | None, seq_len: int
 ) -> float:
     if work is None:
         return 0.0
     attention, keys = model.heads * model.head_dim, 2 * model.kv_heads * model.head_dim
-    weights = model.dim * (2 * attention + keys + 3 * model.ffn_dim) / tensor
+    weights = model.dim * (2 * attention + keys + 3 * model.ffn_dim) / wide
     narrow = model.dim + attention + keys
     arrays = work.wide * model.ffn_dim + work.narrow * narrow
-    arrays += (tensor > 1) * tensor * work.gathered * model.dim
+    arrays += (wide > 1) * wide * work.gathered * model.dim
     # Half the square at once, or a block of its rows (kernels.py).
     seen = seq_len / 2 if seq_len <= IN_ORDER_FROM else BLOCK
     scores = 4 * tokens * model.heads * seen if model.kernel == "blockwise" else 0

@@ -61,8 +61,9 @@ def of(run: config.Run, name: str, compiled: Compiled | aot.DoesNotFit | None) -
     """The same from what the compiler said; None: by formula."""
     slice_ = hardware.find_slice(name)
     device = hardware.DEVICES[slice_.device]
-    program = programs.build(run, sharding.abstract(run.mesh, slice_.devices))
-    need = memory.need(run, program.state, slice_.device, program.frozen)
+    layout = sharding.abstract(run.mesh, slice_.devices)
+    program = programs.build(run, layout)
+    need = memory.need(run, layout, program.state, slice_.device, program.frozen)
     model = flops.per_token(program.module, run.data.seq_len) * run.tokens_per_step / slice_.devices
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.state))
     known = dict(
@@ -82,7 +83,7 @@ def of(run: config.Run, name: str, compiled: Compiled | aot.DoesNotFit | None) -
 
 def _times(run, slice_, model: float, compiled: Compiled) -> dict[str, Any]:
     device = hardware.DEVICES[slice_.device]
-    took = roofline.seconds(compiled, slice_, memory.offloaded(run))
+    took = roofline.seconds(compiled, slice_, memory.offloaded(run, slice_.devices))
     mfu = lambda seconds: model / seconds / (device.bf16_tflops * 1e12)  # noqa: E731
     hours_low, hours = (end * run.train.steps / 3600 for end in (took.low, took.high))
     energy = carbon.kwh(hours * slice_.devices, device.watts) if device.watts else None

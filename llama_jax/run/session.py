@@ -39,8 +39,9 @@ class Machine:
         """ValueError if the run does not fit onto the devices, or into their memory."""
         devices = jax.devices()
         self.kind = devices[0].device_kind
-        self.program = programs.build(run, sharding.make(run.mesh, devices))
-        need = memory.need(run, self.program.state, self.kind, self.program.frozen)
+        layout = sharding.make(run.mesh, devices)
+        self.program = programs.build(run, layout)
+        need = memory.need(run, layout, self.program.state, self.kind, self.program.frozen)
         memory.check(need, memory.available(devices))
 
     @functools.cached_property

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 from typing import NamedTuple
 
 from llama_jax import config, sharding, tree
@@ -149,8 +148,7 @@ def _as_many_tokens(run: config.Run, base: config.Run) -> config.Run:
 
 def _described(cell: Cell, run: config.Run) -> Cell:
     """ValueError if there is no such network, optimiser or batch on the fewest devices of the mesh."""
-    sizes = [getattr(run.mesh, axis) for axis in sharding.AXES]
-    layout = sharding.abstract(run.mesh, math.prod(max(size, 1) for size in sizes))
+    layout = sharding.abstract(run.mesh, sharding.fewest(run.mesh))
     made = program.build(run, layout)
     return cell._replace(
         run=run,

@@ -72,8 +72,9 @@ def test_bigram_is_a_distribution():
 
 
 def need(run, devices):
-    state = programs.build(run, sharding.make(run.mesh, devices)).state
-    return memory.need(run, state), state
+    layout = sharding.make(run.mesh, devices)
+    state = programs.build(run, layout).state
+    return memory.need(run, layout, state), state
 
 
 def test_state_and_gradients_are_exact_and_shared_among_devices():
@@ -90,7 +91,8 @@ def test_state_and_gradients_are_exact_and_shared_among_devices():
 def test_what_is_frozen_is_stored_and_has_no_gradient():
     run = config.Run(train=config.Train(batch_size=16), data=config.Data(seq_len=64))
     alone, shapes = need(run, jax.devices())
-    both = memory.need(run, shapes, frozen={"reference": shapes.params})
+    layout = sharding.make(run.mesh, jax.devices())
+    both = memory.need(run, layout, shapes, frozen={"reference": shapes.params})
     state = pytest.approx(alone.state * (12 + 4) / 12, rel=1e-6)
     assert both == alone._replace(state=state), "4 bytes more a parameter, and nothing else"
 
@@ -193,6 +195,5 @@ def test_cudnns_mask_of_documents_is_counted(segments, mask):
         train=config.Train(batch_size=64, microbatches=2),
         mesh=config.Mesh(fsdp=8),
     )
-    sizes = {axis: getattr(run.mesh, axis) for axis in sharding.AXES}
-    need = memory.of_bytes(run, sizes, 0, 0, "NVIDIA H100")
+    need = memory.of_bytes(run, sharding.abstract(run.mesh, 8), 0, 0, "NVIDIA H100")
     assert need.work == pytest.approx(mask / 2**30)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from llama_jax.sharding import AXES
+
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = {
     0: {"config", "dims", "files", "tree"},
@@ -114,10 +116,33 @@ def test_packages_without_jax_stay_so(path):
         assert not names & {"jax", "flax", "optax"}
 
 
+def axes_named(text: str) -> list[str]:
+    """Expressions that name an axis of the mesh, or say how one is sharded."""
+
+    def names(node: ast.AST) -> bool:
+        match node:
+            case ast.Attribute(value, attr):
+                return attr in AXES and "mesh" in ast.unparse(value).lower()
+            case ast.Subscript(value, ast.Constant(key)):
+                return key in AXES and "mesh" in ast.unparse(value).lower()
+            case ast.Call(function):
+                made = ast.unparse(function).rpartition(".")[2]
+                return made == "Mesh" and any(word.arg in AXES for word in node.keywords)
+            case ast.Constant("fsdp") | ast.Name("PartitionSpec"):
+                return True
+        return False
+
+    return [ast.unparse(node) for node in ast.walk(ast.parse(text)) if names(node)]
+
+
 def test_only_sharding_names_mesh_axes():
     for path in FILES:
         if path.name != "sharding.py":
-            assert "PartitionSpec" not in path.read_text(), path
+            assert not axes_named(path.read_text()), path
+    for text in ('mesh["data"]', "run.mesh.tensor", 'layout.mesh.shape["slices"]', "P('fsdp')"):
+        assert axes_named(text), text
+    assert axes_named("config.Mesh(context=2)")
+    assert not axes_named('source.context + run.data.rows + slice_.slices + card["data"]')
 
 
 def test_only_runs_and_views_of_them_print():

@@ -28,8 +28,9 @@ def compiled(run=RUN):
 
 def formula(run):
     slice_ = hardware.SLICES[run.mesh.hardware]
-    built = program.build(run, sharding.abstract(run.mesh, slice_.devices))
-    return memory.need(run, built.state, slice_.device), built
+    layout = sharding.abstract(run.mesh, slice_.devices)
+    built = program.build(run, layout)
+    return memory.need(run, layout, built.state, slice_.device), built
 
 
 @pytest.mark.slow  # a minute of both cores
