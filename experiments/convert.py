@@ -15,11 +15,11 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import cli
-from llama_jax.convert import folder, formats, job, names, stored, targets
+from llama_jax.convert import compare, folder, formats, job, names, stored
 
 FROM = cli.define_path("from", None, "Folder or file of the weights.", required=True)
 TO = cli.define_path("to", None, "The folder to make.", required=True)
-FORMAT = flags.DEFINE_enum("format", "native", tuple(targets.TARGETS), "What to write.")
+FORMAT = flags.DEFINE_enum("format", "native", tuple(formats.WRITTEN), "What to write.")
 FROM_FORMAT = flags.DEFINE_enum(
     "from_format", "", ("", *formats.FORMATS), "What to read; found out when it is empty."
 )
@@ -56,7 +56,7 @@ def main() -> int:
     if CHECK.value:
         written = formats.open_checkpoint(to, FORMAT.value, "")
         with bar(source, "comparing") as progress:
-            count = job.compare(source, written, progress.update)
+            count = compare.sources(source, written, progress.update)
         print(f"all {count} tensors are equal, bit by bit, and so are the settings")
     rate = job.total_bytes(source) / 1e6 / seconds
     print(f"written to {to} in {seconds:.1f} s, {rate:.0f} MB/s")

@@ -1,13 +1,13 @@
-"""Open a checkpoint of any known kind: which kind it is, where its tokenizer lies."""
+"""The formats of weights, one record each, and how a checkpoint of any of them is opened."""
 
 import contextlib
 import dataclasses
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from llama_jax import config
-from llama_jax.convert import hf, llama2c, meta, native
+from llama_jax.convert import extras, hf, job, llama2c, meta, meta_params, native, targets
+from llama_jax.convert.extras import Extras
 from llama_jax.convert.source import Source, Tokenizer, naming, tokenizer_of
 from llama_jax.tokenizer import base, hf_added
 from llama_jax.tokenizer.hf import hf_json_to_ranks
@@ -17,9 +17,9 @@ from llama_jax.tokenizer.llama2c import llama2c_to_sp
 def open_checkpoint(path: Path, kind: str, tokenizer_file: str) -> Source:
     """kind "" detects it; tokenizer_file "" looks beside the weights. ValueError if there is no model."""
     kind = kind or detect(path)
-    config.choose(FORMATS, kind, "--from_format")
-    place = path.parent if kind != "llama2c" and path.is_file() else path
-    source = FORMATS[kind](place, tokenizer_file)
+    format_ = config.choose(FORMATS, kind, "--from_format")
+    place = path.parent if not format_.is_file and path.is_file() else path
+    source = format_.open(place, tokenizer_file)
     if path.is_file() and path not in source.files:
         raise ValueError(
             f"{path} is not part of the checkpoint in {place}, which is "
@@ -28,7 +28,7 @@ def open_checkpoint(path: Path, kind: str, tokenizer_file: str) -> Source:
     if source.tokenizer is not None and (tokenizer_file or source.format == "hf"):
         source = _extended(source, tokenizer_file)
     if source.tokenizer is not None:
-        check_ids(loaded(source.tokenizer), source.model)
+        check_ids(source.tokenizer.load(), source.model)
     if tokenizer_file:  # another one's files must not go along with it
         kept = {name: text for name, text in source.carried.items() if name not in hf.TOKENIZER}
         source = dataclasses.replace(source, carried=kept)
@@ -43,7 +43,7 @@ def _extended(source: Source, tokenizer_file: str) -> Source:
         beside = [place / name for name in hf_added.FILES]
         files = {file.name: file.read_bytes() for file in beside if file.is_file()}
     with naming(place):
-        own = loaded(source.tokenizer)
+        own = source.tokenizer.load()
         additions, notes = hf_added.read(files, own, source.model.vocab_size)
         if own.eos < 0 and additions.eos < 0:
             reason = (
@@ -161,20 +161,32 @@ def check_ids(tokenizer: base.Tokenizer, model: config.Model) -> None:
 
 
 def _pieces(tokenizer: Tokenizer | None) -> int:
-    return loaded(tokenizer).vocab_size if tokenizer else 0
+    return tokenizer.load().vocab_size if tokenizer else 0
 
 
-def loaded(tokenizer: Tokenizer) -> base.Tokenizer:
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(tokenizer.content)
-        file.flush()
-        path = "" if tokenizer.kind == "byte" else file.name
-        return base.load(config.Tokenizer(tokenizer.kind, path), tokenizer.additions)
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A format of weights: all that is known of it outside its own files.
+
+    open(folder, the tokenizer's file or "") gives the checkpoint. A format that is written has a target, of
+    (folder, model, dtypes); `extras`, the small files beside the weights; and `check`, which raises
+    ValueError on a model that it cannot hold.
+    """
+
+    open: Callable[[Path, str], Source]
+    target: type[job.Target] | None = None
+    extras: Extras | None = None
+    check: Callable[[config.Model], None] = lambda model: None
+    keeps_context: bool = True  # has a word for the positions that a model was trained for
+    is_file: bool = False  # and is given to `open` as one
 
 
-FORMATS: dict[str, Callable[[Path, str], Source]] = {
-    "native": _native,
-    "hf": _hf,
-    "meta": _meta,
-    "llama2c": _llama2c,
+FORMATS = {
+    "native": Format(_native, targets.Native, extras.native),
+    "hf": Format(_hf, targets.HuggingFace, extras.hf, hf.check_expressible),
+    "meta": Format(
+        _meta, targets.Meta, extras.meta, meta_params.check_expressible, keeps_context=False
+    ),
+    "llama2c": Format(_llama2c, is_file=True),
 }
+WRITTEN = {kind: format_ for kind, format_ in FORMATS.items() if format_.target}

@@ -7,7 +7,6 @@ of BLOCK_BYTES, whatever the model's size.
 
 import collections
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
@@ -48,6 +47,10 @@ class Target(Protocol):
         """No more blocks will come, maybe for an error."""
 
     def finish(self, remembered: dict[str, Any]) -> None: ...
+
+    @staticmethod
+    def is_torn(folder: Path) -> bool:
+        """Whether a killed `finish` left a folder that only a start from nothing mends."""
 
 
 def blocks(unit: Unit, model: config.Model) -> Iterator[tuple[int, int]]:
@@ -138,30 +141,6 @@ def total_bytes(source: Source) -> int:
     return sum(nbytes(unit, source) for unit in names.units(source.model))
 
 
-def compare(one: Source, other: Source, progress: Callable[[int], object]) -> int:
-    """Compare settings, and every tensor bit by bit, in the dtype of `other`; the number of tensors.
-
-    ValueError on the first that differs.
-    """
-    for name, wanted, found in _settings(one, other):
-        if found != wanted:
-            raise ValueError(
-                f"{other.files[0].parent}: {name} is {found!r}, but {wanted!r} in "
-                f"{one.files[0].parent}; convert again"
-            )
-    for unit in names.units(one.model):
-        for start, stop in blocks(unit, one.model):
-            rows = one.read(unit, start, stop)
-            wanted = cast(rows, other.dtypes[unit.hf], one.where(unit), unit.hf)
-            found = other.read(unit, start, stop)
-            if not np.array_equal(names.bits(found), names.bits(wanted)):
-                raise ValueError(
-                    f"{other.where(unit)}: {unit.hf} differs from {one.where(unit)}; convert again"
-                )
-            progress(rows.nbytes)
-    return len(names.units(one.model))
-
-
 def is_unfinished(folder: Path) -> bool:
     """Whether a folder is an unfinished conversion: empty, or with a journal of ours."""
     if not folder.is_dir():
@@ -177,23 +156,6 @@ def is_unfinished(folder: Path) -> bool:
 
 _JOURNAL, _NEW = "journal.jsonl", "journal.jsonl.new"
 _NOTHING = "[]"  # the key of a journal that vouches for nothing
-
-
-def _settings(one: Source, other: Source) -> Iterator[tuple[str, Any, Any]]:
-    """(name, value, value of `other`) of what a conversion keeps."""
-    for field in dataclasses.fields(config.Model):
-        if field.name not in _NOT_KEPT:
-            yield (
-                f"model.{field.name}",
-                getattr(one.model, field.name),
-                getattr(other.model, field.name),
-            )
-    if other.format != "meta":  # whose params.json has no word for it
-        yield "context", one.context, other.context
-
-
-# How a model is computed and how training began it: not every format says that.
-_NOT_KEPT = ("init_std", "compute_dtype", "kernel", "remat", "unroll")
 
 
 class Journal:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from llama_jax import config
 from llama_jax.convert.names import Unit
+from llama_jax.tokenizer import base
 from llama_jax.tokenizer.added import NONE, Additions
 
 
@@ -20,6 +22,13 @@ class Tokenizer:
     kind: str
     content: bytes = b""
     additions: Additions = NONE
+
+    def load(self) -> base.Tokenizer:
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(self.content)
+            file.flush()
+            path = "" if self.kind == "byte" else file.name
+            return base.load(config.Tokenizer(self.kind, path), self.additions)
 
 
 @dataclasses.dataclass(frozen=True)

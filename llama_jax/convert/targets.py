@@ -85,6 +85,10 @@ class HuggingFace:
     def close(self) -> None:
         self._files.close()
 
+    @staticmethod
+    def is_torn(folder: Path) -> bool:
+        return False
+
     def finish(self, remembered: dict[str, Any]) -> None:
         if len(self._shards) > 1:
             where = {name: file for name, (file, _) in self._places.items()}
@@ -126,6 +130,10 @@ class Meta:
 
     def close(self) -> None:
         self._files.close()
+
+    @staticmethod
+    def is_torn(folder: Path) -> bool:
+        return False
 
     def finish(self, remembered: dict[str, Any]) -> None:
         sums = {}
@@ -218,6 +226,11 @@ class Native:
         for writing in self._writing:
             writing.exception()
 
+    @staticmethod
+    def is_torn(folder: Path) -> bool:
+        """Orbax was taking the arrays over: some are moved already."""
+        return any(folder.glob(native.PARAMS + "*"))
+
     def finish(self, remembered: dict[str, Any]) -> None:
         staged = tree.nest(
             {path: _Staged(self._stage / path.replace("/", ".")) for path in self._dtypes}
@@ -246,6 +259,3 @@ class _Handover(type_handlers.NumpyHandler):
             await info.await_path_creation()
             shutil.move(value.path, Path(info.path))
         return []
-
-
-TARGETS = {"native": Native, "hf": HuggingFace, "meta": Meta}

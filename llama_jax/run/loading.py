@@ -98,7 +98,7 @@ def settings(folder: Path) -> tuple[config.Model, int, Tokenizer]:
             f"{folder} has no tokenizer that is read here: convert it again, with --tokenizer=FILE or, where "
             "it came with a tokenizer.json, after pip install 'llama_jax[tokenizers]'"
         )
-    tokenizer = formats.loaded(file)
+    tokenizer = file.load()
     formats.check_ids(tokenizer, model)
     return model, context, tokenizer
 

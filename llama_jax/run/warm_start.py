@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax import config, tree
-from llama_jax.convert import formats, native
+from llama_jax.convert import native
 from llama_jax.data import prepare
 from llama_jax.run import hosts
 from llama_jax.train.program import Program
@@ -32,7 +32,7 @@ def check(run: config.Run, prepared: prepare.Prepared) -> None:
             f"train.init_from={folder} holds quantised weights; give the folder that they were made from"
         )
     model, _, file = native.settings(folder)
-    if file and (found := formats.loaded(file).fingerprint) != prepared.tokenizer.fingerprint:
+    if file and (found := file.load().fingerprint) != prepared.tokenizer.fingerprint:
         raise ValueError(
             f"train.init_from={folder} was trained on tokens of {found}, and data.tokenizer is "
             f"{prepared.tokenizer.fingerprint}; set data.tokenizer to the one in {folder}"

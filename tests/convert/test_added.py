@@ -40,7 +40,7 @@ def test_added_tokens_come_from_hugging_face_into_our_folders_and_on(came, tmp_p
     ):
         additions = source.tokenizer.additions
         assert (additions.tokens, additions.eos, additions.adds_bos) == (TOKENS, 45, False)
-        tokenizer = formats.loaded(source.tokenizer)
+        tokenizer = source.tokenizer.load()
         assert (tokenizer.eos, tokenizer.prefix, tokenizer.vocab_size) == (45, (), 47)
         assert tokenizer.encode("<think><|im_end|>", special=True) == [46, 45]
         assert tokenizer.decode([46, 45, 47]) == "<think>"
@@ -52,7 +52,7 @@ def test_a_folder_of_ours_without_additions_still_loads(came, tmp_path):
     said = json.loads(file.read_text())
     del said[native.ADDITIONS]
     file.write_text(json.dumps(said))
-    assert formats.loaded(native.settings(tmp_path / "native")[2]).eos == 2
+    assert native.settings(tmp_path / "native")[2].load().eos == 2
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_tokenizer_json_alone_comes_in_and_leaves(json_alone, tmp_path):
         small.convert(json_alone, tmp_path / "native", "native"),
         small.convert(tmp_path / "native", tmp_path / "out", "hf"),
     ):
-        tokenizer = formats.loaded(source.tokenizer)
+        tokenizer = source.tokenizer.load()
         assert (source.tokenizer.kind, tokenizer.eos, tokenizer.prefix) == ("json", 0, ())
         assert tokenizer.decode(tokenizer.encode("a é")) == "a é"
     out = (tmp_path / "out/tokenizer.json").read_bytes()
@@ -160,7 +160,7 @@ def test_a_tokenizer_json_that_is_given_leaves_for_hugging_face(json_alone, tmp_
     (json_alone / "added_tokens.json").write_text('{"<x>": 257}')
     source = formats.open_checkpoint(json_alone, "", str(json_alone / "tokenizer.json"))
     folder.convert(source, tmp_path / "out", "hf", None, print, print)
-    again = formats.loaded(formats.open_checkpoint(tmp_path / "out", "", "").tokenizer)
+    again = formats.open_checkpoint(tmp_path / "out", "", "").tokenizer.load()
     assert (again.special["<x>"], again.eos, again.bos) == (257, 0, 0)
     assert 257 in again.encode("a<x>")
 

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from llama_jax import config, sharding
-from llama_jax.convert import folder, formats, names, native, stage
+from llama_jax.convert import compare, folder, formats, names, native, stage
 from llama_jax.model import transformer
 from tests.convert import small
 from tests.convert.refusals import DEEP, WHOLE, nested, refused
@@ -266,16 +266,15 @@ def test_meta_cannot_say_another_head_width_or_rope(tmp_path, to):
 
 
 def test_check_finds_a_flipped_bit(tmp_path, to):
-    from llama_jax.convert import job
 
     source = formats.open_checkpoint(small.hf(tmp_path / "hf"), "", "")
     written = small.convert(tmp_path / "hf", to, "hf")
-    assert job.compare(source, written, lambda n: None) == len(names.units(MODEL))
+    assert compare.sources(source, written, lambda n: None) == len(names.units(MODEL))
     raw = bytearray((to / "model.safetensors").read_bytes())
     raw[-1] ^= 1
     (to / "model.safetensors").write_bytes(raw)
     with pytest.raises(ValueError, match=r"lm_head\.weight differs"):
-        job.compare(source, written, lambda n: None)
+        compare.sources(source, written, lambda n: None)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +286,6 @@ def test_check_finds_a_flipped_bit(tmp_path, to):
     ],
 )
 def test_check_finds_a_setting_that_differs(tmp_path, to, name, value, words):
-    from llama_jax.convert import job
 
     source = formats.open_checkpoint(small.hf(tmp_path / "hf"), "", "")
     small.convert(tmp_path / "hf", to, "hf")
@@ -295,20 +293,19 @@ def test_check_finds_a_setting_that_differs(tmp_path, to, name, value, words):
     settings.pop("rope_parameters")
     (to / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=words):
-        job.compare(source, formats.open_checkpoint(to, "hf", ""), lambda n: None)
+        compare.sources(source, formats.open_checkpoint(to, "hf", ""), lambda n: None)
 
 
 @pytest.mark.parametrize("kind", ["native", "hf", "meta"])
 def test_check_leaves_out_what_a_format_cannot_say(tmp_path, to, kind):
     """How it is computed, how training began it, and in Meta's the positions, which are announced."""
-    from llama_jax.convert import job
 
     source = formats.open_checkpoint(small.hf(tmp_path / "hf"), "", "")
     model = dataclasses.replace(source.model, init_std=0.5, remat="full", compute_dtype="bfloat16")
     source, said = dataclasses.replace(source, model=model), []
     folder.convert(source, to, kind, None, lambda n: None, said.append)
     written = formats.open_checkpoint(to, kind, "")
-    assert job.compare(source, written, lambda n: None) == len(names.units(MODEL))
+    assert compare.sources(source, written, lambda n: None) == len(names.units(MODEL))
     assert [("64 positions" in line, "with 4096" in line) for line in said] == (
         [(True, True)] if kind == "meta" else []
     )

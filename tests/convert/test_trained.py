@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llama_jax import config
-from llama_jax.convert import formats, names, native
+from llama_jax.convert import names, native
 from llama_jax.decode.engine import Engine
 from llama_jax.decode.generate import Decoder, Request
 from llama_jax.model import transformer
@@ -33,7 +33,7 @@ def expected(shared):
 
 def test_the_recorded_greedy_text_comes_out_exactly(imported, expected):
     _, source, module, params = imported
-    tokenizer = formats.loaded(source.tokenizer)
+    tokenizer = source.tokenizer.load()
     decoder = Decoder(Engine(module, config.Decode()), tokenizer, (), 1, 201)
     ((_, result),) = decoder.run(
         transformer.unstack(module, params), [Request([tokenizer.bos], 200)]
@@ -54,7 +54,7 @@ def test_perplexity_equals_that_of_the_reference(imported, expected, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     folder, source, module, params = imported
-    tokenizer = formats.loaded(source.tokenizer)
+    tokenizer = source.tokenizer.load()
     tokens = [tokenizer.bos, *tokenizer.encode(expected)]
     small.convert(folder, tmp_path / "hf", "hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
@@ -82,7 +82,7 @@ def test_transformers_generates_the_same_text_from_our_export(imported, expected
 def test_int8_weights_keep_most_of_the_perplexity(imported, expected, shared, layout, tmp_path):
     _, source, module, params = imported
     rounded = small.convert(shared(FOLDER + "stories260K-q8.bin"), tmp_path / "q8", "native")
-    tokenizer = formats.loaded(source.tokenizer)
+    tokenizer = source.tokenizer.load()
     tokens = [tokenizer.bos, *tokenizer.encode(expected)]
     exact = nats_per_token(module, params, tokens)
     q8 = nats_per_token(module, native.load(tmp_path / "q8", module), tokens)

@@ -7,7 +7,6 @@ import jax
 import pytest
 
 from llama_jax import config
-from llama_jax.convert import formats
 from llama_jax.decode.engine import Engine
 from llama_jax.decode.generate import Decoder, Request
 from llama_jax.decode.speculative import Speculative
@@ -21,7 +20,7 @@ FOLDER = "checkpoints/stories260K/"
 def loaded(shared, layout, tmp_path_factory):
     to = tmp_path_factory.mktemp("stories") / "native"
     source, module, params = small.stories(shared, layout, to)
-    return module, params, formats.loaded(source.tokenizer)
+    return module, params, source.tokenizer.load()
 
 
 @pytest.fixture(scope="module")

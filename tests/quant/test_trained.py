@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from llama_jax import config
-from llama_jax.convert import formats
 from llama_jax.decode.engine import Engine
 from llama_jax.decode.generate import Decoder, Request
 from llama_jax.model import transformer
@@ -22,7 +21,7 @@ def loaded(shared, layout, tmp_path_factory):
     """The network, and its own texts: half to calibrate on, half to measure."""
     to = tmp_path_factory.mktemp("stories") / "native"
     source, module, params = small.stories(shared, layout, to)
-    tokenizer = formats.loaded(source.tokenizer)
+    tokenizer = source.tokenizer.load()
     decoder = Decoder(Engine(module, config.Decode(temperature=1.0)), tokenizer, (), 16, LENGTH)
     requests = [Request([tokenizer.bos], LENGTH - 1, stream=(i, 0)) for i in range(2 * ROWS)]
     made = decoder.run(transformer.unstack(module, params), requests)
