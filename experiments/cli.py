@@ -28,6 +28,7 @@ flags.disclaim_key_flags()
 # The command's settings, {"train.steps": default}, for messages on one that there is not.
 _settings: dict[str, Any] = {}
 _at_error: list[Callable[[str, int], None]] = []
+_at_parsing: list[Callable[[], object]] = []  # definitions of flags that wait for the command line
 
 
 def at_error(tell: Callable[[str, int], None]) -> None:
@@ -171,23 +172,30 @@ def find_config(name: str) -> str:
     )
 
 
-def define_parts(**parts: object) -> flags.FlagHolder:
-    """--config.part.name=VALUE for the settings of frozen parts, without a page.
+class Parts:
+    """The settings of `define_parts`, once the command line is parsed."""
 
-    ml_collections reads the command line here, so this is where a wrong setting is refused.
-    """
+    @property
+    def value(self) -> ml_collections.ConfigDict:
+        return flags.FLAGS["config"].value
+
+
+def define_parts(**parts: object) -> Parts:
+    """--config.part.name=VALUE for the settings of frozen parts, without a page."""
     values = {name: config.to_dict(part) for name, part in parts.items()}
     _settings.update(
         {f"{part}.{name}": value for part, of in values.items() for name, value in of.items()}
     )
-    try:
-        _check_settings(sys.argv, _settings)
-        words = "Not given itself: each setting is --config.part.name=VALUE; llama_jax/config lists them."
-        return config_flags.DEFINE_config_dict(
+    words = (
+        "Not given itself: each setting is --config.part.name=VALUE; llama_jax/config lists them."
+    )
+    # It reads the command line when it is called.
+    _at_parsing.append(
+        lambda: config_flags.DEFINE_config_dict(
             "config", ml_collections.ConfigDict(values), help_string=words, lock_config=True
         )
-    except (*USER_ERRORS, TypeError, flags.Error) as error:
-        _stop(_plain(error), 2)
+    )
+    return Parts()
 
 
 def frozen(flag: flags.FlagHolder) -> config.Run:
@@ -229,6 +237,8 @@ def run(
 def _parse(settings: Mapping[str, Any], argv: list[str]) -> list[str]:
     try:
         _check_settings(argv, settings)
+        for define in _at_parsing:
+            define()
         rest = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
         _stop(_unknown(error.flagname, settings), 2)

@@ -146,3 +146,14 @@ def test_help_names_config_where_its_settings_are_and_the_flags_of_hosts():
     assert "--config: The config file, as configs/7b.py" in done.stdout
     assert "llama_jax/config lists them" in " ".join(done.stdout.split())
     assert "--coordinator: " in done.stdout
+
+
+def test_importing_a_command_neither_reads_the_command_line_nor_ends_the_process():
+    code = "from experiments import generate; print(generate.CONFIG.value)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--config.decode.nothing=1"], cwd=helpers.ROOT,
+        env=helpers.environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "unknown setting" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("KeyError: 'config'"), "it is not parsed yet"
