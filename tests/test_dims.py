@@ -50,7 +50,7 @@ def test_sizes_are_those_of_the_part_that_has_them():
 def test_an_adapter_decays_is_sharded_and_orthogonalised_as_a_matrix():
     letters = {"down": "LDE", "up": "LENH", "scale": "LD"}
     params = {name: np.ones(dims.shape(of, Sized()), np.float32) for name, of in letters.items()}
-    decayed = optim.build(
+    decayed, _ = optim.build(
         config.Optim(learning_rate=1.0, weight_decay=0.5, warmup_steps=0, schedule="linear"),
         10,
         letters,

@@ -1,6 +1,6 @@
 """Optimisers and learning-rate schedules, from optax."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -9,23 +9,23 @@ import optax
 from llama_jax import config, dims
 
 
-def build(
-    optim: config.Optim, steps: int, letters: Any, mup_ratio: float = 1.0
-) -> optax.GradientTransformation:
+class Optimiser(NamedTuple):
+    tx: optax.GradientTransformation
+    rate: optax.Schedule  # the learning rates that it takes
+
+
+def build(optim: config.Optim, steps: int, letters: Any, mup_ratio: float = 1.0) -> Optimiser:
     """Clip by global norm, then the optimiser; weight decay on matrices only, chosen by letters.
 
     mup_ratio divides the learning rate of inner matrices, and so their decay (muP, arXiv:2203.03466 table 8,
     Adam).
     """
-    optimiser = config.choose(OPTIMISERS, optim.name, "optim.name")
-    parts = [
-        optax.clip_by_global_norm(optim.clip_norm),
-        optimiser(optim, schedule(optim, steps), letters),
-    ]
+    optimiser, rate = config.choose(OPTIMISERS, optim.name, "optim.name"), schedule(optim, steps)
+    parts = [optax.clip_by_global_norm(optim.clip_norm), optimiser(optim, rate, letters)]
     if mup_ratio != 1:
         slower = lambda label, update: update / (mup_ratio if dims.is_inner(label) else 1)  # noqa: E731
         parts.append(optax.stateless(lambda updates, _: jax.tree.map(slower, letters, updates)))
-    return optax.chain(*parts)
+    return Optimiser(optax.chain(*parts), rate)
 
 
 def schedule(optim: config.Optim, steps: int) -> optax.Schedule:

@@ -41,10 +41,10 @@ def build(
     layout.check_rows(run.train.batch_size // run.train.microbatches)
     module = transformer.build(run.model, layout)
     made = objective(run, module)
-    tx = optim.build(run.optim, run.train.steps, made.letters, init.mup_ratio(run.model))
+    tx, rate = optim.build(run.optim, run.train.steps, made.letters, init.mup_ratio(run.model))
     state = train_state.abstract(made, tx, layout)
     jitted = jax.jit(
-        step.make_step(made, tx, optim.schedule(run.optim, run.train.steps), run.train),
+        step.make_step(made, tx, rate, run.train),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), layout.replicated),
     )

@@ -118,7 +118,7 @@ def test_initial_values_do_not_depend_on_the_mesh():
         layout = sharding.make(mesh, devices)
         module = transformer.build(MODEL, layout)
         objective = loss.next_token(module)
-        tx = optim.build(OPTIM, 100, objective.letters)
+        tx, _ = optim.build(OPTIM, 100, objective.letters)
         return jax.device_get(state.init(objective, tx, layout, seed=0).params)
 
     one = initial(config.Mesh(), jax.devices()[:1])
@@ -130,10 +130,10 @@ def test_initial_values_do_not_depend_on_the_mesh():
 def test_step_two_does_not_compile_again_nor_touch_the_host():
     layout = sharding.make(config.Mesh(fsdp=8), jax.devices())
     objective = loss.next_token(transformer.build(MODEL, layout))
-    tx = optim.build(OPTIM, 100, objective.letters)
+    tx, rate = optim.build(OPTIM, 100, objective.letters)
     places = state.shardings(objective, tx, layout)
     advance = jax.jit(
-        step.make_step(objective, tx, optim.schedule(OPTIM, 100), config.Train(batch_size=16)),
+        step.make_step(objective, tx, rate, config.Train(batch_size=16)),
         donate_argnums=0,
         out_shardings=(places, layout.replicated),
     )
@@ -150,8 +150,8 @@ def test_step_two_does_not_compile_again_nor_touch_the_host():
 def test_state_is_donated():
     layout = sharding.make(config.Mesh(), jax.devices()[:1])
     objective = loss.next_token(transformer.build(MODEL, layout))
-    tx = optim.build(OPTIM, 100, objective.letters)
-    advance = step.make_step(objective, tx, optim.schedule(OPTIM, 100), config.Train(batch_size=16))
+    tx, rate = optim.build(OPTIM, 100, objective.letters)
+    advance = step.make_step(objective, tx, rate, config.Train(batch_size=16))
     now = state.init(objective, tx, layout, seed=0)
     compiled = jax.jit(advance, donate_argnums=0).lower(now, {}, batch(layout, 0)).compile()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(now))

@@ -80,9 +80,8 @@ def their_curve(model, layout, settings, batches, rate=None, decayed=2):
 
 def our_curve(model, layout, settings, batches):
     module, params = twin.network(model, layout)
-    tx = optim.build(settings, STEPS, transformer.letters(module))
+    tx, rate = optim.build(settings, STEPS, transformer.letters(module))
     train = config.Train(steps=STEPS, batch_size=2)
-    rate = optim.schedule(settings, STEPS)
     objective = loss.next_token(module)
     advance = jax.jit(step.make_step(objective, tx, rate, train))
     now = state.init(objective, tx, layout, 0)

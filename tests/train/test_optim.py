@@ -50,7 +50,7 @@ def test_adamw_is_the_papers_with_clipping_schedule_and_decay_on_matrices_only()
         {name: rng.normal(size=shape).astype(np.float32) * size for name, shape in shapes.items()}
         for size in (0.01, 3, 1, 0.2, 1, 1, 2, 5, 1, 1)
     ]
-    tx = optim.build(SETTINGS, 10, LETTERS)
+    tx, _ = optim.build(SETTINGS, 10, LETTERS)
     ours, state = params, tx.init(params)
     for gradient in gradients:
         updates, state = tx.update(gradient, state, ours)
@@ -108,7 +108,7 @@ def test_muon_orthogonalises_each_layers_matrices_and_leaves_the_rest_to_adamw()
         {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
         for _ in range(2)
     )
-    tx = optim.build(dataclasses.replace(SETTINGS, name="muon", warmup_steps=0), 10, letters)
+    tx, _ = optim.build(dataclasses.replace(SETTINGS, name="muon", warmup_steps=0), 10, letters)
     updates, _ = tx.update(gradient, tx.init(params), params)
     for name, sides in (("q", (6, 8)), ("o", (8, 6))):
         for layer in range(2):
@@ -124,7 +124,7 @@ def test_adafactor_moves_by_a_share_of_the_parameters_size():
     """arXiv:1804.04235 algorithm 4 at the first step, not factored: sign(g) x rate x rms(w); and the decay."""
     params = {"matrix": jnp.full((1, 2, 2), 3.0), "scale": jnp.full((1, 2), 0.5)}
     gradient = jax.tree.map(lambda p: -0.1 * p, params)
-    tx = optim.build(dataclasses.replace(SETTINGS, **ADAFACTOR), 10, LETTERS)
+    tx, _ = optim.build(dataclasses.replace(SETTINGS, **ADAFACTOR), 10, LETTERS)
     updates, _ = tx.update(gradient, tx.init(params), params)
     np.testing.assert_allclose(updates["scale"], 0.03 * 0.5, rtol=1e-5)
     np.testing.assert_allclose(updates["matrix"], 0.03 * 3 - 0.03 * 0.1 * 3, rtol=1e-5)
@@ -146,7 +146,7 @@ def test_mup_slows_inner_matrices_alone():
     settings = dataclasses.replace(SETTINGS, warmup_steps=0, weight_decay=0.0)
     updates = {}
     for ratio in (1.0, 4.0):
-        tx = optim.build(settings, 10, letters, ratio)
+        tx, _ = optim.build(settings, 10, letters, ratio)
         updates[ratio], _ = tx.update(params, tx.init(params), params)
     slower = {name: float(updates[1.0][name].mean() / updates[4.0][name].mean()) for name in params}
     assert slower == pytest.approx({"q": 4, "down": 4, "embed": 1, "output": 1, "scale": 1})
@@ -171,7 +171,7 @@ def test_a_setting_without_effect_is_refused(settings, place):
 
 def test_lion_moves_by_the_sign():
     """arXiv:2302.06675 algorithm 2: update = sign(b1 m + (1 - b1) g)."""
-    tx = optim.build(dataclasses.replace(SETTINGS, name="lion", warmup_steps=0), 10, LETTERS)
+    tx, _ = optim.build(dataclasses.replace(SETTINGS, name="lion", warmup_steps=0), 10, LETTERS)
     params = {"matrix": jnp.ones((1, 2, 2)), "scale": jnp.ones((1, 2))}
     gradient = jax.tree.map(lambda p: -0.1 * p, params)
     updates, _ = tx.update(gradient, tx.init(params), params)
@@ -194,7 +194,7 @@ def test_adamw_agrees_with_a_recorded_torch_run(shared):
         learning_rate=rate, warmup_steps=0, final_fraction=1.0, beta1=betas[0], beta2=betas[1],
         eps=eps, weight_decay=decay, clip_norm=1e9,
     )  # fmt: skip
-    tx = optim.build(settings, 1000, "VD")
+    tx, _ = optim.build(settings, 1000, "VD")
     target = lambda x: jnp.asarray([x[0] + x[1], -x[2]])
 
     def one(carry, x):

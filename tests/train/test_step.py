@@ -28,9 +28,9 @@ def batch(model, seed=0, weights=None):
 @functools.cache  # compiling is what takes the time
 def setup(model, layout, **train):
     objective = loss.next_token(transformer.build(model, layout))
-    tx = optim.build(OPTIM, 100, objective.letters)
+    tx, rate = optim.build(OPTIM, 100, objective.letters)
     train = config.Train(batch_size=B, **train)
-    advance = jax.jit(step.make_step(objective, tx, optim.schedule(OPTIM, 100), train))
+    advance = jax.jit(step.make_step(objective, tx, rate, train))
     return state.init(objective, tx, layout, 0), lambda now, rows: advance(now, {}, rows)
 
 
