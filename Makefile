@@ -18,7 +18,7 @@ venv: .venv/core ## install the pinned packages into .venv
 train: .venv/core ## train configs/tiny.py on Python's standard library, minutes on 2 cores
 	.venv/bin/python -m experiments.train --config=configs/tiny.py --workdir=$(WORKDIR)
 
-test: .venv/dev ## the suite, parity with torch included, 10 to 15 minutes on 2 cores
+test: .venv/dev ## the suite, parity with torch included, 8 to 10 minutes on 2 cores
 	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/dev ## what takes longer, also run by .ci/run

@@ -191,9 +191,12 @@ class Layout:
             return self.replicated
         return NamedSharding(self.mesh, _spec(self.tables.heads, letters))
 
-    def on_own_heads(self, attend, q_BNTH, k_BKSH, v_BKSH, segments_BT) -> jax.Array:
-        """Call `attend` on each device with its own rows and heads, for kernels that see one device."""
-        arrays = (*self.heads(q_BNTH, k_BKSH, v_BKSH), segments_BT)
+    def on_own_heads(self, attend, q_BNTH, k_BKSH, v_BKSH, keys) -> jax.Array:
+        """Call `attend` on each device with its own rows and heads, for kernels that see one device.
+
+        keys: which of them are seen, a tree of arrays [B, T] (model/context.py) or without any.
+        """
+        arrays = (*self.heads(q_BNTH, k_BKSH, v_BKSH), keys)
         if self.mesh.size == 1:
             return attend(*arrays)
         own = functools.partial(_spec, self.tables.heads)
