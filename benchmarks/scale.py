@@ -2,7 +2,8 @@
 
 Each row is one micro-step, as in the comparisons with MaxText; minutes a row. What is compiled is kept in
 benchmarks/scale.json by its settings, the flags and the compiler's version: started again, only new rows are
-compiled; when the step's code changes, remove that file. --only=TEXT takes rows by page or slice.
+compiled, and those whose traced program is another than it was. Until then the page marks these as of an
+earlier program. --only=TEXT takes rows by page or slice, --write compiles none.
 """
 
 import dataclasses
@@ -111,15 +112,14 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     only = next((a.removeprefix("--only=") for a in sys.argv[1:] if a.startswith("--only=")), "")
     all_ = {key_of(run): run for run in runs()}
-    kept = read()
-    kept = {
-        key: kept[key] for key, run in all_.items() if key in kept and not stale(kept[key], run)
-    }
-    todo = [
-        key
-        for key, run in all_.items()
-        if key not in kept and only.lower() in f"{title(run)} {run.mesh.hardware}".lower()
-    ]
+    before = read()
+    kept = {}
+    for key, run in all_.items():
+        if key in before and (differing := differs(before[key], run)) <= {"program"}:
+            kept[key] = {**before[key], "earlier": bool(differing)}
+    chosen = lambda run: only.lower() in f"{title(run)} {run.mesh.hardware}".lower()  # noqa: E731
+    old = {key for key in all_ if key not in kept or kept[key]["earlier"]}
+    todo = [key for key, run in all_.items() if key in old and chosen(run)]
     for key in tqdm.tqdm([] if "--write" in sys.argv else todo, desc="compiling"):
         kept[key] = compiled(all_[key])
         RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
@@ -152,7 +152,8 @@ def compiled(run: config.Run) -> dict:
     except aot.DoesNotFit as error:
         said = {"does_not_fit": str(error)}
     row = f"{title(run)} {run.mesh.hardware}"
-    return {"row": row, "run": config.to_dict(run), **of_what(run), "compiled": said}
+    what = of_what(run)
+    return {"row": row, "run": config.to_dict(run), **what, "earlier": False, "compiled": said}
 
 
 def of_what(run: config.Run) -> dict:
@@ -172,8 +173,9 @@ def of_what(run: config.Run) -> dict:
     }
 
 
-def stale(entry: dict, run: config.Run) -> bool:
-    return any(entry[name] != value for name, value in of_what(run).items())
+def differs(entry: dict, run: config.Run) -> set[str]:
+    """Of what decides the compiler's answer, that which is other than it was for an entry."""
+    return {name for name, value in of_what(run).items() if entry[name] != value}
 
 
 def plan_of(run: config.Run, entry: dict) -> figures.TrainingPlan:
@@ -194,7 +196,7 @@ def write(kept: dict) -> None:
         f"compiled with libtpu {_libtpu()} and jax {metadata.version('jax')} for slices that were not there. "
         "Memory, cycles and FLOPs are the compiler's and the program's, and exact; step time and MFU are "
         "estimates (`llama_jax/plan/roofline.py`). The last column is the memory formula over the compiler's "
-        "figure.",
+        "figure. Rows with a † were compiled from the step of an earlier version, whose program differs.",
         "",
         f"| {' | '.join(header)} |",
         "|---" * len(header) + "|",
@@ -202,7 +204,8 @@ def write(kept: dict) -> None:
     for run, plan in rows:
         formula = figures.of(run, plan.slice, None).hbm_gib_per_chip
         share = f"{formula / plan.hbm_gib_per_chip:.2f}"
-        cells = [title(run), str(run.data.seq_len), *command.row(run, plan), share]
+        mark = " †" * kept[key_of(run)]["earlier"]
+        cells = [title(run) + mark, str(run.data.seq_len), *command.row(run, plan), share]
         lines.append(f"| {' | '.join(cells)} |")
     _, mark, notes = PAGE.read_text().partition("\n## Reading it")
     PAGE.write_text("\n".join([*lines, "", *beside_published(kept)]) + "\n" + mark + notes)
