@@ -23,7 +23,7 @@ from llama_jax import config, files
 from llama_jax.analysis import memory, runcard
 from llama_jax.data import mixture, prepare
 from llama_jax.eval import score
-from llama_jax.run import hosts, provenance, session, warm_start
+from llama_jax.run import hosts, provenance, session
 from llama_jax.run.lease import Held
 from llama_jax.study import grid, overview, record, report, schema
 from llama_jax.train import checkpoint, loop
@@ -131,7 +131,7 @@ def run_all(
         try:
             if cell.name not in machines:
                 machines[cell.name] = session.Machine(cell.run)
-            run = warm_start.pinned(grid.seeded(cell.run, seed))
+            run = grid.seeded(cell.run, seed)
             machine = machines[cell.name]
             with session.holding(folder, run) as lease:
                 # Another process may have done it meanwhile.

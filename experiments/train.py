@@ -40,9 +40,9 @@ def main() -> int:
     cli.join(run.mesh.hardware)
     cli.tune_for_cpu()
     hosts.check(run.mesh)
-    run = warm_start.pinned(run)
-    hosts.compare(lambda: {**config.flatten(run), **provenance.installed()})
     workdir = Path(WORKDIR.value).expanduser().absolute()
+    run = warm_start.pinned(run, workdir)
+    hosts.compare(lambda: {**config.flatten(run), **provenance.installed()})
     jax.config.update("jax_compilation_cache_dir", str(Path(run.data.cache).expanduser() / "xla"))
     with session.holding(workdir, run) as lease:
         return train(run, workdir, lease)

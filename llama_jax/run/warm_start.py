@@ -1,24 +1,37 @@
 """Begin a run with trained weights (`train.init_from`), all of them trained or a part."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
-from llama_jax import config, tree
+from llama_jax import config, files, tree
 from llama_jax.convert import native
 from llama_jax.data import prepare
 from llama_jax.run import hosts
 from llama_jax.train.program import Program
 
 
-def pinned(run: config.Run) -> config.Run:
-    """The run with the checksum of the weights that it begins with. ValueError if it expects others."""
+def pinned(run: config.Run, workdir: Path) -> config.Run:
+    """The run with the checksum of the weights that it begins with. ValueError if it expects others.
+
+    A run that trains every parameter needs its base no more once it has a checkpoint.
+    """
     if not run.train.init_from:
         return run
-    found = hosts.together(lambda: native.check_base(run.train))
     base = str(Path(run.train.init_from).expanduser().absolute())
-    train = dataclasses.replace(run.train, init_from=base, init_checksum=found)
-    return dataclasses.replace(run, train=train)
+    begins = dataclasses.replace(run.train, init_from=base)
+    found = hosts.together(lambda: _recorded(run, begins, workdir) or native.check_base(begins))
+    return dataclasses.replace(run, train=dataclasses.replace(begins, init_checksum=found))
+
+
+def _recorded(run: config.Run, begins: config.Train, workdir: Path) -> str:
+    """The checksum that a workdir has on record for this base, where the base itself is not needed."""
+    if run.optim.train != config.Optim().train or not files.committed(workdir / "checkpoints"):
+        return ""
+    old = config.from_dict(json.loads((workdir / "run.json").read_text())).train
+    same = old.init_from == begins.init_from and begins.init_checksum in ("", old.init_checksum)
+    return old.init_checksum if same else ""
 
 
 def check(run: config.Run, prepared: prepare.Prepared) -> None:

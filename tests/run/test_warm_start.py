@@ -65,6 +65,29 @@ def test_what_cannot_begin_is_said(base, flags, message):
     assert "Traceback" not in done.stderr
 
 
+def test_a_run_of_every_parameter_resumes_without_its_base(base):
+    """The base may have trained on, or be gone."""
+    begins = [f"--config.train.init_from={base}/first"]
+    shutil.copytree(base / "run", base / "first")
+    done = train(base, "whole", *begins)
+    assert done.returncode == 0, done.stderr
+    assert "of them trained" not in done.stdout
+    shutil.rmtree(base / "first")
+    again = train(base, "whole", *begins)
+    assert again.returncode == 0, again.stderr
+    assert "already trained" in again.stdout
+    other = train(base, "whole", *begins, "--config.train.init_checksum=0123")
+    assert other.returncode == 1
+    assert "first" in other.stderr
+
+
+def test_a_study_does_not_begin_with_trained_weights(base):
+    flags = ["--config=configs/ablations/norm.py", f"--config.base.train.init_from={base}/run"]
+    done = helpers.run("ablate", *flags, f"--workdir={base}/study", "--list")
+    assert done.returncode == 1
+    assert "the runs of a study begin from their seeds" in done.stderr
+
+
 def test_a_part_is_trained_and_the_folder_is_the_whole_network(base):
     """Its checkpoints hold that part; what reads the folder finds the rest in the base."""
     part = ["--config.optim.train=('*/attention/*', 'D')", f"--config.train.init_from={base}/run"]
