@@ -84,8 +84,8 @@ class Study:
         }
         if self.base.train.init_from or "train.init_from" in places:
             raise ValueError(
-                "train.init_from: the runs of a study begin from their seeds; leave it at '', and give runs that "
-                "begin with trained weights to experiments.train"
+                "train.init_from: the runs of a study begin from their seeds; leave it at '', and give "
+                "runs that begin with trained weights to experiments.train"
             )
         packed = (self.base.data.packing, self.base.data.segments)
         if packed != ("concat", "none"):
