@@ -68,8 +68,8 @@ class Data:
     seq_len: int = 2048  # T: tokens predicted a row
     packing: str = "concat"  # "concat": concatenate and split; "best_fit": keep documents whole
     segments: str = "none"  # "document": no attention and no positions across documents
-    validation_fraction: float = 0.05  # of the documents
-    seed: int = 0  # of the order
+    validation_fraction: float = 0.05  # share of the documents that is held out
+    seed: int = 0  # RNG seed of the data order
     cache: str = how("~/.cache/llama_jax")  # rows and tokenizers by fingerprint, compiled programs
     threads: int = how(4)  # readers of rows
 

@@ -15,8 +15,8 @@ class Decode:
     top_k: int = 0  # draw from so many of the likeliest; 0: from all
     top_p: float = 1.0  # draw from the fewest that have this probability together
     min_p: float = 0.0  # draw from those of at least this share of the likeliest one's probability
-    repetition_penalty: float = 1.0  # of the tokens that the text already has
-    seed: int = 0  # of the draws
+    repetition_penalty: float = 1.0  # divides logits of tokens in the sequence; 1: none
+    seed: int = 0  # RNG seed of sampling
     samples: int = 1  # continuations of each prompt
     stop: tuple[str, ...] = ()  # a text ends before any of these
     stop_tokens: tuple[str, ...] = ()  # or at a special token of one of these names
@@ -56,11 +56,13 @@ class Decode:
 class Quant:
     """How weights are made smaller. Not part of a run: it is done to what a run has made."""
 
-    bits: int = 8  # of the matrices in layers: 8, one scale a channel, or 4
+    bits: int = 8  # width of the integers in layers: 8, with one scale a channel, or 4
     group: int = 32  # of 4 bits: values that share a scale, about: a number that divides them
     method: str = "gptq"  # of 4 bits: "gptq" reads a text, "nearest" does not
-    rows: int = 128  # of that text
-    row_tokens: int = 2048  # of each row, read or measured; at most the network's context
+    rows: int = 128  # calibration sequences of "gptq"
+    row_tokens: int = (
+        2048  # tokens of a calibration or held-out sequence; at most the context length
+    )
     # Of 8 bits: "int16" rounds what they are multiplied with, too. Fast where products of int8 are: on CPUs.
     activations: str = "compute"
 

@@ -56,8 +56,8 @@ class Model:
     pattern: tuple[str, ...] = ("self",)  # one group of layers; the depth repeats it
     norm: str = "rms"
     norm_eps: float = 1e-6
-    placement: str = "pre"  # of the norms and residuals of a layer
-    qk_norm: str = "none"  # of each head's queries and keys: a norm
+    placement: str = "pre"  # where a layer has its norms and residuals
+    qk_norm: str = "none"  # norm applied to the queries and keys of each head
     position: str = "rope"
     rope: Rope = Rope()
     max_positions: int = 0  # rows of the table of position "learned"

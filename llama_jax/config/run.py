@@ -24,7 +24,7 @@ class Optim:
     learning_rate: float = 3e-4
     schedule: str = "cosine"
     warmup_steps: int = 2000
-    final_fraction: float = 0.1  # of the peak learning rate, at the last step
+    final_fraction: float = 0.1  # learning rate of the last step, as a share of the peak
     decay_fraction: float = (
         0.1  # of the steps after warm-up, at the end, in which schedule "wsd" falls
     )
