@@ -15,7 +15,7 @@ class Decode:
     top_k: int = 0  # draw from so many of the likeliest; 0: from all
     top_p: float = 1.0  # draw from the fewest that have this probability together
     min_p: float = 0.0  # draw from those of at least this share of the likeliest one's probability
-    repetition_penalty: float = 1.0  # divides logits of tokens in the sequence; 1: none
+    repetition_penalty: float = 1.0  # lowers logits of tokens already in the sequence; 1: none
     seed: int = 0  # RNG seed of sampling
     samples: int = 1  # continuations of each prompt
     stop: tuple[str, ...] = ()  # a text ends before any of these

@@ -26,10 +26,12 @@ def pinned(run: config.Run, workdir: Path) -> config.Run:
 
 
 def _recorded(run: config.Run, begins: config.Train, workdir: Path) -> str:
-    """The checksum that a workdir has on record for this base, where the base itself is not needed."""
-    if run.optim.train != config.Optim().train or not files.committed(workdir / "checkpoints"):
+    """The checksum of this base in the workdir's run.json; "" where the base itself must be read."""
+    path = workdir / "run.json"
+    trained = files.committed(workdir / "checkpoints") and path.exists()
+    if run.optim.train != config.Optim().train or not trained:
         return ""
-    old = config.from_dict(json.loads((workdir / "run.json").read_text())).train
+    old = config.from_dict(json.loads(path.read_text())).train
     same = old.init_from == begins.init_from and begins.init_checksum in ("", old.init_checksum)
     return old.init_checksum if same else ""
 
@@ -37,7 +39,7 @@ def _recorded(run: config.Run, begins: config.Train, workdir: Path) -> str:
 def check(run: config.Run, prepared: prepare.Prepared) -> None:
     """ValueError if the weights to begin with are quantised, or know other tokens.
 
-    Other settings of the network are reported: a study may change them.
+    Other settings of the network are printed: a run may change its RoPE scaling, for example.
     """
     folder = Path(run.train.init_from)
     if native.quantised(folder):
