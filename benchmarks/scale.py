@@ -119,7 +119,8 @@ def main() -> None:
             kept[key] = {**before[key], "earlier": bool(differing)}
     chosen = lambda run: only.lower() in f"{title(run)} {run.mesh.hardware}".lower()  # noqa: E731
     old = {key for key in all_ if key not in kept or kept[key]["earlier"]}
-    todo = [key for key, run in all_.items() if key in old and chosen(run)]
+    absent_first = sorted(old, key=lambda key: key in kept)
+    todo = [key for key in absent_first if chosen(all_[key])]
     for key in tqdm.tqdm([] if "--write" in sys.argv else todo, desc="compiling"):
         kept[key] = compiled(all_[key])
         RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
