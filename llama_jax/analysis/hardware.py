@@ -54,10 +54,10 @@ DEVICES = {
 
 
 # KiB of its vector memory that one operation may use: larger tiles read HBM less often. A third faster on
-# v6e than with the compiler's own limit, an eighth on v5e and v5p; v4 takes no other (LOG.md). Above what v7x
-# has, the compiler retries with ever smaller tiles: 65,472 compiles a product 11 times as long as 49,152 and
-# makes it slower.
-TILE_KIB = {"TPU v5 lite": 98304, "TPU v5": 65472, "TPU v6 lite": 98304, "TPU7x": 57344}
+# v6e than with the compiler's own limit, an eighth on v5e and v5p; v4 takes no other. On v5e a third of what
+# v6e takes gives as few cycles and compiles in half of the time (LOG.md). Above what v7x has, the compiler
+# retries with ever smaller tiles: 65,472 compiles a product 11 times as long as 49,152 and makes it slower.
+TILE_KIB = {"TPU v5 lite": 32768, "TPU v5": 65472, "TPU v6 lite": 98304, "TPU7x": 57344}
 HALF_CHIPS = ("TPU v2", "TPU v3", "TPU7x")  # a device is one of a chip's two cores
 SPARSE_CORES = ("TPU v5", "TPU v6 lite", "TPU7x")  # they gather and reduce beside the products
 

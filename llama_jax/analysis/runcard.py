@@ -20,6 +20,7 @@ def make(
     watts: float,
     parameters: int,
     steps: int,
+    tokens: int,
     flops_per_token: int,
     peak_flops: float,
     seconds: float,
@@ -32,7 +33,6 @@ def make(
     each source was read. Energy is that of the hours in training steps: evaluation, compilation and
     steps lost to a crash are not in it.
     """
-    tokens = steps * run.tokens_per_step
     hours = seconds * devices / 3600
     flops = tokens * flops_per_token
     return {

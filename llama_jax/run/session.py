@@ -201,6 +201,7 @@ class Result(NamedTuple):
     params: Any  # the module's, frozen ones included
     rows: list[metrics.Row]  # of metrics.jsonl
     results: dict[str, float]  # of the last evaluation
+    tokens: float  # trained on
     seconds: float  # of training
     seconds_here: float  # of these, in this session
     rates: loop.Rates
@@ -232,7 +233,7 @@ def train(
     if hosts.first() and (left := checkpoints.clean()):
         print(f"removed what interrupted saves left in {checkpoints.folder}: {', '.join(left)}")
     frozen = warm_start.weights(run, program, trained=False) if program.frozen else {}
-    state, seconds, means = start(run, program, checkpoints, prepared, record["order"])
+    state, before = start(run, program, checkpoints, prepared, record["order"])
     first = int(state.step)
     hosts.together(lambda: describe(workdir, record["run"], prepared) if hosts.first() else None)
 
@@ -247,15 +248,14 @@ def train(
         if run.log.audit == "on":
             audit = metrics.jsonl(workdir / "audit.jsonl", first)
     rates = figures(run, program.module)
-    recorder = loop.Recorder(run, rates, writers + boards, console, seconds, means)
+    recorder = loop.Recorder(run, rates, writers + boards, console, before)
     per_token = iterator.bytes_per_token(run, prepared)
     sums = lambda trained, batch: machine.evaluate(trained, frozen, batch)  # noqa: E731
     evaluate = functools.partial(validation, sums, run, prepared, layout, per_token)
 
-    def save(done: int, state: Any, seconds: float) -> None:
+    def save(done: int, state: Any) -> None:
         lease.check()
-        more = {"next_step": done, "seconds": seconds, **_kept(recorder.means)}
-        checkpoints.save(done, state, {**record, **more})
+        checkpoints.save(done, state, {**record, "next_step": done, **_kept(recorder.progress)})
 
     def complete(step: int, params: Any, stopped: Callable[[], bool]) -> metrics.Row:
         """The row of a step, with the evaluation that a signal cut off, which is also written."""
@@ -299,10 +299,10 @@ def train(
         last = complete(done, state.params, lambda: False)
         results = {name: value for name, value in last.items() if name.startswith("validation_")}
     rows = metrics.read(workdir / "metrics.jsonl") if hosts.first() else []
-    spent = (recorder.seconds, recorder.seconds - seconds)
+    spent = (recorder.seconds, recorder.seconds - before.seconds)
     ended = "" if done == run.train.steps else interrupt.signal
     params = program.objective.params(state.params, frozen)
-    return Result(state, params, rows, results, *spent, rates, first, ended)
+    return Result(state, params, rows, results, recorder.tokens, *spent, rates, first, ended)
 
 
 def row_of(workdir: Path, step: int) -> metrics.Row:
@@ -318,10 +318,8 @@ def describe(workdir: Path, run: dict[str, Any], prepared: prepare.Prepared) -> 
         files.write(workdir / native.TOKENIZER, Path(path).read_bytes())
 
 
-def start(
-    run, program, checkpoints, prepared, order: str
-) -> tuple[Any, float, dict[str, loop.Mean]]:
-    """The newest checkpoint, or a fresh state; its seconds of training, and means since the last row."""
+def start(run, program, checkpoints, prepared, order: str) -> tuple[Any, loop.Progress]:
+    """The newest checkpoint, or a fresh state, and what the sessions that led to it came to."""
     restored = checkpoints.latest(program.state)
     if restored is None:
         layout = program.module.layout
@@ -331,7 +329,7 @@ def start(
             state = train_state.begin(program.objective, program.tx, layout, trained)
         else:
             state = train_state.init(program.objective, program.tx, layout, run.train.seed)
-        return state, 0.0, {}
+        return state, loop.Progress()
     trained_on = restored.record["provenance"]["data"]
     if trained_on != prepared.fingerprint:
         raise ValueError(
@@ -345,21 +343,23 @@ def start(
             f"{restored.record['provenance']['packages']}); go on with those, or give a new --workdir"
         )
     print(f"resuming at step {restored.record['next_step']} from {checkpoints.folder}")
-    return restored.state, restored.record["seconds"], _means(restored.record)
+    return restored.state, _progress(run, restored.record)
 
 
-SINCE_ROW = (
-    "_since_row"  # ends the names of means of steps since the last row, in a checkpoint's record
-)
+SINCE_ROW = "_since_row"  # ends the names of these means in a checkpoint's record
 
 
-def _kept(means: dict[str, loop.Mean]) -> dict[str, loop.Mean]:
-    return {name + SINCE_ROW: mean for name, mean in means.items()}
+def _kept(progress: loop.Progress) -> dict[str, Any]:
+    means = {name + SINCE_ROW: mean for name, mean in progress.means.items()}
+    return {"seconds": progress.seconds, "tokens": progress.tokens, **means}
 
 
-def _means(record: dict[str, Any]) -> dict[str, loop.Mean]:
+def _progress(run: config.Run, record: dict[str, Any]) -> loop.Progress:
+    """The inverse of `_kept`. Records of older code have no count of tokens: all batches were full."""
     kept = {name: value for name, value in record.items() if name.endswith(SINCE_ROW)}
-    return {name.removesuffix(SINCE_ROW): loop.Mean(*value) for name, value in kept.items()}
+    means = {name.removesuffix(SINCE_ROW): loop.Mean(*value) for name, value in kept.items()}
+    tokens = record.get("tokens", record["next_step"] * run.tokens_per_step)
+    return loop.Progress(record["seconds"], tokens, means)
 
 
 def figures(run: config.Run, module) -> loop.Rates:
@@ -421,6 +421,7 @@ def card(
         watts=run.log.watts_per_chip or device.watts,
         parameters=tree.count(result.params),
         steps=steps,
+        tokens=round(result.tokens),
         flops_per_token=result.rates.flops_per_token,
         peak_flops=result.rates.peak_flops,
         seconds=result.seconds,

@@ -60,7 +60,7 @@ class Results(NamedTuple):
         }[x]
         held_out = [
             {
-                row["tokens"]: row
+                row["step"]: row
                 for row in run.rows
                 if math.isfinite(row.get("validation_loss") or math.nan)
             }

@@ -52,6 +52,14 @@ class Mean(NamedTuple):
         return Mean(self.value + (value - self.value) * (weight / total), total)
 
 
+class Progress(NamedTuple):
+    """What earlier sessions of a run came to. A checkpoint's record keeps it."""
+
+    seconds: float = 0.0  # of training: evaluation and saving left out
+    tokens: float = 0.0  # trained on
+    means: Mapping[str, Mean] = {}  # of the steps since the last row, by name
+
+
 class Recorder:
     """Fetches the metrics of a step while the next one runs, and writes a row when one is due.
 
@@ -67,19 +75,23 @@ class Recorder:
         rates: Rates,
         writers: list[Writer],
         console: Console,
-        seconds: float,
-        means: Mapping[str, Mean],
+        before: Progress,
     ):
         self._run, self._rates, self._writers, self._console = run, rates, writers, console
-        self.seconds = seconds  # of training: evaluation and saving left out, earlier sessions in
-        self.means = dict(means)
+        self.seconds, self.tokens = before.seconds, before.tokens
+        self.means = dict(before.means)
         self._mark = time.perf_counter()
-        self._row_seconds, self._tokens, self._waited = (
-            seconds,
-            0.0,
-            0.0,
-        )  # at and since the last row
+        self._begin_row()
         self._pending: tuple[int, Any] | None = None
+
+    @property
+    def progress(self) -> Progress:
+        """Of this session and those before it."""
+        return Progress(self.seconds, self.tokens, self.means)
+
+    def _begin_row(self) -> None:
+        self._row_seconds, self._row_tokens = self.seconds, self.tokens
+        self._row_steps, self._waited = 0, 0.0
 
     def wait_for(self, batch: Callable[[], Any]) -> Any:
         """What `batch()` returns; its time is the row's stall."""
@@ -106,7 +118,8 @@ class Recorder:
         now = time.perf_counter()
         self.seconds += now - self._mark
         self._mark = now
-        self._tokens += values["tokens"]
+        self.tokens += values["tokens"]
+        self._row_steps += 1
         if values["skipped"]:
             self._console.say(f"WARNING: {check_anomaly(self._run.train, step, values)}")
         else:
@@ -128,23 +141,21 @@ class Recorder:
     def _row(self, step: int, values: dict[str, float], last: dict[str, float]) -> Row:
         """`last` are the step's own values of what is averaged, used where no step counts."""
         elapsed = max(self.seconds - self._row_seconds, 1e-9)
-        rate = self._tokens / elapsed
+        rate = (self.tokens - self._row_tokens) / elapsed
         means = last | {name: mean.value for name, mean in self.means.items() if mean.weight}
         row = {
             "step": step,
             "loss": means.pop("loss"),
-            "tokens": step * self._run.tokens_per_step,
+            "tokens": round(self.tokens),
             "seconds": self.seconds,
             "tokens_per_second": rate,
             "mfu": self._rates.mfu(rate),
             "grad_norm": values["grad_norm"],
             "learning_rate": values["learning_rate"],
             "stall": min(self._waited / elapsed, 1.0),
-            "eta_seconds": (self._run.train.steps - step)
-            * self._run.tokens_per_step
-            / max(rate, 1e-9),
+            "eta_seconds": (self._run.train.steps - step) * elapsed / self._row_steps,
         }
-        self._row_seconds, self._tokens, self._waited = self.seconds, 0.0, 0.0
+        self._begin_row()
         self.means = {}
         assert not means.keys() & row.keys(), (
             f"aux of an objective has a name of the row: {[*means]}"
@@ -159,7 +170,7 @@ def run(
     next_batch: Callable[[int, Any], Any],
     *,
     evaluate: Callable[[Any], Row],
-    save: Callable[[int, Any, float], None],
+    save: Callable[[int, Any], None],
     recorder: Recorder,
     interrupt: Interrupt,
     audit: Writer | None = None,
@@ -168,7 +179,7 @@ def run(
 
     `next_batch(finished, state)` returns what `data.iterator` yields: the batch of the step that follows
     `finished` steps and starts from `state`. It must not keep the state, which the step donates.
-    `evaluate(params)` returns values for a row. `save(step, state, seconds)` writes a checkpoint. An
+    `evaluate(params)` returns values for a row. `save(step, state)` writes a checkpoint. An
     interrupt ends the loop early, after a save.
     """
     finished = saved = int(state.step)
@@ -186,12 +197,12 @@ def run(
             recorder.fetch(functools.partial(evaluate, state.params))
         if last or done % run.checkpoint.every == 0:
             recorder.fetch()
-            save(done, state, recorder.seconds)
+            save(done, state)
             recorder.pause()
             saved = done
     recorder.fetch()
     if finished > saved:
-        save(finished, state, recorder.seconds)
+        save(finished, state)
     return state, finished
 
 

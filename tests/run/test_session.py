@@ -24,7 +24,7 @@ RUN = config.Run(
 )
 
 
-MEANS = {"loss": loop.Mean(4.5, 96.0), "accuracy": loop.Mean(0.5, 8.0)}
+BEFORE = loop.Progress(2.0, 70.0, {"loss": loop.Mean(4.5, 96.0), "accuracy": loop.Mean(0.5, 8.0)})
 
 
 class Checkpoints:
@@ -51,7 +51,7 @@ def play(monkeypatch, tmp_path, run_loop, checkpoints, first=0):
     """session.train around `run_loop`, from the step `first`."""
     for module, name, value in (
         (session.checkpoint, "Checkpoints", lambda *_: checkpoints),
-        (session, "start", lambda *_: (SimpleNamespace(step=first, params={}), 0.0, MEANS)),
+        (session, "start", lambda *_: (SimpleNamespace(step=first, params={}), BEFORE)),
         (session, "figures", lambda *_: loop.Rates(1.0, 0.0)),
         (session.provenance, "describe", lambda _: {}),
         (session.iterator, "train", lambda *_: iter(())),
@@ -83,7 +83,7 @@ def test_a_checkpoint_being_written_is_waited_for_when_training_fails(
     monkeypatch, tmp_path, broken
 ):
     def run_loop(run, state, *_, save, **__):
-        save(5, state, 1.0)
+        save(5, state)
         raise loop.Anomaly("step 6: not finite")
 
     checkpoints = Checkpoints(broken)
@@ -100,7 +100,7 @@ def test_a_workdir_that_another_process_took_over_gets_no_more_rows_and_checkpoi
     def run_loop(run, state, *_, save, recorder, **__):
         (tmp_path / lease_module.FILE).write_text('{"id": "x", "host": "far", "pid": 7}')
         monkeypatch.setattr(lease_module.time, "time", lambda: 4e9)  # it was stopped for long
-        for write in (lambda: save(5, state, 1.0), lambda: recorder._writers[0]({"step": 5})):
+        for write in (lambda: save(5, state), lambda: recorder._writers[0]({"step": 5})):
             with pytest.raises(lease_module.Held, match="process 7 on far"):
                 write()
         raise KeyboardInterrupt
@@ -144,7 +144,10 @@ def test_a_checkpoint_of_another_order_of_rows_is_not_gone_on_with():
         program = SimpleNamespace(state=None)
         return session.start(RUN, program, checkpoints, prepared, "order")
 
-    assert start(record) == ("state", 2.0, {"loss": loop.Mean(1.5, 8.0)})
+    means = {"loss": loop.Mean(1.5, 8.0)}
+    # Before tokens were counted all batches were full.
+    assert start(record) == ("state", (2.0, 5 * RUN.tokens_per_step, means))
+    assert start({**record, "tokens": 77.0}) == ("state", (2.0, 77.0, means))
     older = {name: value for name, value in record.items() if name != "order"}
     for other in ({**record, "order": "another"}, older):
         message = (
@@ -189,14 +192,14 @@ def test_what_was_evaluated_is_not_evaluated_again(monkeypatch, tmp_path):
 
 def test_means_since_the_last_row_are_kept_by_a_checkpoint(monkeypatch, tmp_path):
     def run_loop(run, state, *_, save, recorder, **__):
-        assert recorder.means == MEANS, "those of the checkpoint"
+        assert recorder.means == BEFORE.means, "those of the checkpoint"
         recorder.means["loss"] = recorder.means["loss"].add(1.0, 32.0)
-        save(8, state, 1.0)
+        save(8, state)
         return state, 8
 
     checkpoints = Checkpoints()
     play(monkeypatch, tmp_path, run_loop, checkpoints, first=7)
-    kept = session._means(json.loads(json.dumps(checkpoints.record)))
+    kept = session._progress(RUN, json.loads(json.dumps(checkpoints.record))).means
     mean = (pytest.approx((4.5 * 96 + 32) / 128), 128.0)
     assert kept == {"loss": mean, "accuracy": (0.5, 8.0)}
 

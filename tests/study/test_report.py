@@ -26,8 +26,13 @@ def cells(study):
 
 
 def finished(cell, seed, loss, curve, hardware="cpu", lengths=(1,)):
-    """curve: (tokens, seconds, validation loss); rows are `loss` and its neighbours, 32 of them."""
-    rows = [dict(tokens=n, seconds=s, validation_loss=v) for n, s, v in curve]
+    """curve: (tokens, seconds, validation loss) of steps of 10 tokens; rows are `loss` and its neighbours, 32.
+
+    Seeds see batches of slightly different numbers of tokens, as where documents end elsewhere.
+    """
+    rows = [
+        dict(step=n // 10, tokens=n + seed - 1, seconds=s, validation_loss=v) for n, s, v in curve
+    ]
     spread = np.linspace(-0.5, 0.5, 32)
     card = {
         "tokens_per_second": 1000.0 + seed, "tokens": curve[-1][0], "device_hours": 0.5,

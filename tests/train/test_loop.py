@@ -55,18 +55,20 @@ def play(run, first=0, step=None, interrupt=None, rates=None, means=None):
         assert batch == state.step, "batch n belongs to step n"
         return State(state.step + 1), metrics(loss=10.0 - state.step)
 
-    recorder = loop.Recorder(run, rates or loop.Rates(100.0, 0.0), [], console, 0.0, means or {})
+    recorder = loop.Recorder(
+        run, rates or loop.Rates(100.0, 0.0), [], console, loop.Progress(means=means or {})
+    )
     result = loop.run(
         run, State(first), step or plain, lambda finished, state: next(batches),
         evaluate=lambda params: evaluations.append(params) or {"validation_loss": 1.5},
-        save=lambda done, state, seconds: saves.append((done, state.step)),
+        save=lambda done, state: saves.append((done, state.step)),
         recorder=recorder, interrupt=interrupt or Interrupt(), audit=audit.append,
     )  # fmt: skip
     return result, console, saves, evaluations, audit
 
 
-def metrics(loss=1.0, skipped=0.0, in_a_row=0.0, norm=2.0, aux=None):
-    return Metrics(*map(jnp.float32, (loss, 32, 32, norm, 0.1, skipped, in_a_row)), aux or {})
+def metrics(loss=1.0, skipped=0.0, in_a_row=0.0, norm=2.0, aux=None, tokens=32):
+    return Metrics(*map(jnp.float32, (loss, 32, tokens, norm, 0.1, skipped, in_a_row)), aux or {})
 
 
 def test_each_step_is_recorded_once_in_order():
@@ -232,7 +234,7 @@ def test_too_many_skips_in_a_row_stop():
         play(a_run(on_anomaly="skip", max_skips=2), step=faulty("nan"))
 
 
-def test_rates_and_stall_are_of_the_time_between_rows(monkeypatch):
+def test_tokens_rates_and_stall_are_of_the_time_between_rows(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
 
@@ -242,10 +244,11 @@ def test_rates_and_stall_are_of_the_time_between_rows(monkeypatch):
 
     def step(state, batch):
         now[0] += 1.5
-        return State(state.step + 1), metrics()
+        # Batches of 32, 33, 34 and 35 tokens: an objective's may differ in size.
+        return State(state.step + 1), metrics(tokens=32 + state.step)
 
     run, console = a_run(steps=4, log=2), Console()
-    recorder = loop.Recorder(run, loop.Rates(100.0, 3200.0), [], console, 10.0, {})
+    recorder = loop.Recorder(run, loop.Rates(100.0, 3200.0), [], console, loop.Progress(10.0, 5.0))
     loop.run(
         run, State(0), step, slow, evaluate=lambda _: {}, save=lambda *_: None,
         recorder=recorder, interrupt=Interrupt(),
@@ -254,7 +257,10 @@ def test_rates_and_stall_are_of_the_time_between_rows(monkeypatch):
     assert last["seconds"] == pytest.approx(10 + 4 * 2)
     assert recorder.seconds == pytest.approx(18)
     # Step 2 is fetched when step 3 has been dispatched: 3 laps, then 1.
-    assert console.rows[0]["tokens_per_second"] == pytest.approx(64 / 6)
-    assert last["tokens_per_second"] == pytest.approx(64 / 2)
-    assert last["mfu"] == pytest.approx(32 * 100 / 3200)
+    assert console.rows[0]["tokens_per_second"] == pytest.approx(65 / 6)
+    assert last["tokens_per_second"] == pytest.approx(69 / 2)
+    assert [row["tokens"] for row in console.rows] == [5 + 65, 5 + 65 + 69]
+    assert recorder.progress == (18.0, 139.0, {})
+    assert [row["eta_seconds"] for row in console.rows] == [2 * 6 / 2, 0]
+    assert last["mfu"] == pytest.approx(69 / 2 * 100 / 3200)
     assert console.rows[0]["stall"] == pytest.approx(1.5 / 6)

@@ -144,7 +144,9 @@ def test_aux_are_in_the_rows_of_the_metrics_file(layout, tmp_path):
     loaded = iter([iterator.Loaded(batch, np.zeros(0), np.zeros(0)) for batch in batches])
     file = tmp_path / "metrics.jsonl"
     console = metrics.Console(0, 5, quiet=True)
-    recorder = loop.Recorder(run, loop.Rates(1, 0), [metrics.jsonl(file, 0)], console, 0.0, {})
+    recorder = loop.Recorder(
+        run, loop.Rates(1, 0), [metrics.jsonl(file, 0)], console, loop.Progress()
+    )
     asked = []
     loop.run(
         run, start, advance, lambda n, now: asked.append((n, int(now.step))) or next(loaded),
