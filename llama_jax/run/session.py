@@ -371,35 +371,39 @@ def figures(run: config.Run, module) -> loop.Rates:
 def validation(
     evaluate, run, prepared, layout, bytes_per_token, stopped, params
 ) -> dict[str, float]:
-    """Loss on held-out rows, nats a token, and bits a byte; nothing if `stopped()`, asked at each batch."""
-    sums = {}
+    """Loss on held-out rows, nats a token, bits a byte, and the objective's other means.
+
+    Nothing if `stopped()`, asked at each batch.
+    """
+    sums: dict[str, list[Any]] = {}
     for source, batch in iterator.validation(run, prepared, layout):
         if stopped():
             return {}
-        sums.setdefault(source, []).append(evaluate(params, batch))
-    nats = {}
-    for source, parts in jax.device_get(sums).items():
-        losses = [part.reported["loss"] for part in parts]
-        nats[source] = sum(float(total) for total, _ in losses) / sum(
-            float(weight) for _, weight in losses
-        )
-    return measured("validation", nats, bytes_per_token)
+        sums.setdefault(source, []).append(evaluate(params, batch).reported)
+    means: dict[str, dict[str, float]] = {}  # name -> source -> mean over that source's rows
+    for source, batches in jax.device_get(sums).items():
+        for name in batches[0]:
+            pairs = zip(*(reported[name] for reported in batches), strict=True)
+            total, weight = (sum(map(float, column)) for column in pairs)
+            means.setdefault(name, {})[source] = total / (weight or 1.0)
+    values = measured("validation", means.pop("loss"), bytes_per_token)
+    for name, of in means.items():
+        values |= _over_sources(f"validation_{name}", of)
+    return values
 
 
 def measured(
     name: str, nats: dict[str, float], bytes_per_token: dict[str, float]
 ) -> dict[str, float]:
-    """NAME_loss, nats a token, and NAME_bits_per_byte of a model, from its nats in each source.
-
-    They are means over the sources; where there are several, NAME_loss/SOURCE is of one.
-    """
+    """NAME_loss, nats a token, and NAME_bits_per_byte of a model, from its nats in each source."""
     bits = {source: of / math.log(2) / bytes_per_token[source] for source, of in nats.items()}
-    values = {}
-    for what, of in (("loss", nats), ("bits_per_byte", bits)):
-        values[f"{name}_{what}"] = sum(of.values()) / len(of)
-        if len(of) > 1:
-            values |= {f"{name}_{what}/{source}": value for source, value in of.items()}
-    return values
+    return _over_sources(f"{name}_loss", nats) | _over_sources(f"{name}_bits_per_byte", bits)
+
+
+def _over_sources(name: str, of: dict[str, float]) -> dict[str, float]:
+    """The mean over the sources; where there are several, NAME/SOURCE is of one."""
+    each = {f"{name}/{source}": value for source, value in of.items()} if len(of) > 1 else {}
+    return {name: sum(of.values()) / len(of), **each}
 
 
 def card(

@@ -212,7 +212,10 @@ def test_validation_is_the_mean_over_sources_and_bits_are_of_each_sources_own_te
 
     def evaluate(params, batch):
         nll, weight = map(jnp.float32, batch)
-        return Sums(nll + 7.0, weight, {"loss": (nll, weight)})
+        # An aux mean with a divisor of its own: once right in each batch, of 3, 1 and 8 answers.
+        answers = {90.0: 3.0, 60.0: 1.0, 20.0: 8.0}[float(nll)]
+        right = jnp.float32(1), jnp.float32(answers)
+        return Sums(nll + 7.0, weight, {"loss": (nll, weight), "accuracy": right})
 
     bytes_per_token = {"prose": 4.0, "digits": 1.0}
     values = session.validation(evaluate, None, None, None, bytes_per_token, lambda: False, None)
@@ -227,6 +230,9 @@ def test_validation_is_the_mean_over_sources_and_bits_are_of_each_sources_own_te
             "validation_bits_per_byte": (prose + digits) / 2,
             "validation_bits_per_byte/prose": prose,
             "validation_bits_per_byte/digits": digits,
+            "validation_accuracy": (2 / 4 + 1 / 8) / 2,
+            "validation_accuracy/prose": 2 / 4,
+            "validation_accuracy/digits": 1 / 8,
         }
     )
     alone = session.measured("unigram", {"prose": 2.5}, bytes_per_token)
