@@ -29,6 +29,7 @@ from llama_jax.run.loading import (
     fit,
     form_of,
     load,
+    newest,
     prompt_tokens,
     say,
     settings,
@@ -106,21 +107,22 @@ def day(text: str, command: str) -> datetime.date | None:
 
 def load_everywhere(folder: Path, decode: config.Decode, mesh: config.Mesh) -> Loaded:
     """ValueError unless every host finds the same network and tokenizer in its folder."""
-    if jax.process_count() > 1:
-        described = hosts.together(lambda: describe(folder))
-        hosts.compare(lambda: described)
-    return hosts.together(lambda: load(folder, decode, mesh))
-
-
-def describe(folder: Path) -> dict:
-    """What of a folder must be the same on every host, by name."""
     folder = folder.expanduser().absolute()
+    step = hosts.first_says(hosts.together(lambda: newest(folder) if hosts.first() else 0))
+    if jax.process_count() > 1:
+        described = hosts.together(lambda: describe(folder, step))
+        hosts.compare(lambda: described)
+    return hosts.together(lambda: load(folder, decode, mesh, step))
+
+
+def describe(folder: Path, step: int) -> dict:
+    """What of a folder must be the same on every host, by name."""
     model, context, tokenizer = settings(folder)
     return {
         **{f"model.{name}": value for name, value in config.to_dict(model).items()},
         f"{folder}: context": context,
         f"{folder}: tokenizer": tokenizer.fingerprint,
-        f"{folder}: parameters": native.parameters(folder),
+        f"{folder}: parameters": native.identity(folder, step),
     }
 
 

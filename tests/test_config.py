@@ -109,7 +109,14 @@ def test_what_is_not_essential():
     how |= {f"model.{name}" for name in ("kernel", "remat", "unroll")}
     how |= {
         f"train.{name}"
-        for name in ("microbatches", "loss_chunks", "on_anomaly", "max_skips", "init_from")
+        for name in (
+            "microbatches",
+            "loss_chunks",
+            "on_anomaly",
+            "max_skips",
+            "init_from",
+            "init_step",
+        )
     }
     how |= {"data.cache", "data.threads", "data.tokenizer.path"}
     how |= {f"data.sources.a.b.{name}" for name in ("kind", "path", "text_field")}
@@ -156,6 +163,7 @@ def test_any_part_has_an_editing_form():
         (lambda: Optim(beta2=1.5), r"optim.beta2=1.5 must lie between 0 and 1"),
         (lambda: Train(batch_size=10, microbatches=3), r"train.microbatches=3 must divide train.batch_size=10"),
         (lambda: Train(on_anomaly="skp"), r"train.on_anomaly='skp'.*nearest: 'skip'"),
+        (lambda: Train(init_step=4), r"train.init_step=4 has no effect while train.init_from=''"),
         (lambda: Mesh(data=-1, fsdp=-1), r"may leave one axis to be filled"),
         (lambda: Mesh(tensor=0), r"must be positive, or -1"),
         (lambda: Run(train=Train(steps=10)), r"optim.warmup_steps=2000 must be below train.steps=10"),

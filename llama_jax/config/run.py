@@ -69,17 +69,18 @@ class Train:
     max_skips: int = how(10)  # anomalies in a row that stop even "skip"
     # Begin with the weights of this folder: a converted model, or a run's workdir.
     init_from: str = where("")
+    init_step: int = where(0)  # the checkpoint of that run; 0: its newest, when this run begins
     init_checksum: str = ""  # of those weights; found when the run begins, and then expected
 
     def __post_init__(self):
         positive(self, "train", "steps", "batch_size", "microbatches", "loss_chunks", "max_skips")
-        not_negative(self, "train", "z_loss", "spike_nats")
+        not_negative(self, "train", "z_loss", "spike_nats", "init_step")
         check_seed(self.seed, "train.seed")
         divides("train.microbatches", self.microbatches, "train.batch_size", self.batch_size)
         choose(("stop", "skip"), self.on_anomaly, "train.on_anomaly")
         local(self, "train", "init_from")
         if not self.init_from:
-            refuse_idle(self, "train", ("init_checksum",), "train.init_from=''")
+            refuse_idle(self, "train", ("init_step", "init_checksum"), "train.init_from=''")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,10 +5,11 @@ of the parameter tree, layers stacked, arrays in pieces of at most BLOCK_BYTES s
 its devices hold), the tokenizer's file, and `huggingface/` when small files came with it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +95,16 @@ def load(
     module: Transformer,
     dtype: str = "float32",
     pick: Callable[[str], bool] = lambda path: True,
+    step: int = 0,
 ) -> Any:
     """The parameters whose paths are picked, in `dtype` or quantised, in the shardings of `module.layout`.
 
-    A host reads what its devices hold, and casts it while it reads: bfloat16 never takes more than 2 bytes a
-    parameter. Quantised matrices stay as they are stored.
+    step: the checkpoint of a run's workdir; 0: the newest. A host reads what its devices hold, and casts it
+    while it reads: bfloat16 never takes more than 2 bytes a parameter. Quantised matrices stay as they are
+    stored.
     """
-    arrays = _arrays(folder)
+    picked, _ = tree.split(transformer.abstract(module), pick)
+    arrays = _arrays(folder, step, tree.paths(picked))
     said = quantised(folder)
     letters = tree.paths(transformer.letters(module))
 
@@ -113,7 +117,6 @@ def load(
         return name, shape, dtype or arrays[name].dtype.numpy_dtype
 
     wanted = {}
-    picked, _ = tree.split(transformer.abstract(module), pick)
     for name, leaf in tree.paths(picked).items():
         values, scale = f"{name}/values", f"{name}/scale"
         if said and values in arrays and scale in arrays:
@@ -153,12 +156,13 @@ def quantised(folder: Path) -> config.Quant | None:
     return None if said is None else config.from_dict(said, config.Quant, QUANT)
 
 
-def identity(folder: Path) -> str:
+def identity(folder: Path, step: int = 0) -> str:
     """Of the stored parameters: those of another save have another, a copy of the folder has the same.
 
-    By name, size and beginning of every file, so that a large checkpoint need not be read for it.
+    step: as in `load`. By name, size and beginning of every file, so that a large checkpoint need not be read
+    for it.
     """
-    place, _ = _place(folder)
+    place, _ = _place(folder, step)
     digest = hashlib.sha256()
     for file in sorted(file for file in place.rglob("*") if file.is_file()):
         digest.update(f"{file.relative_to(place)} {file.stat().st_size}\n".encode())
@@ -193,14 +197,15 @@ def open_folder(folder: Path, tokenizer: Tokenizer | None) -> Source:
             f"{folder} holds weights of {said.bits} bits, which no other format here has; convert the "
             "folder that they were made from"
         )
-    arrays = _arrays(folder)
+    step, units = newest(folder), names.units(model)
+    arrays = _arrays(folder, step, [unit.path for unit in units])
     depths = {array.shape[:1] for path, array in arrays.items() if path.startswith("groups/")}
     if depths != {(model.groups,)}:
         raise ValueError(
             f"{folder}: its arrays hold {[n for depth in depths for n in depth]} layer groups, but the "
             f"settings say {model.groups}"
         )
-    for unit in names.units(model):
+    for unit in units:
         if unit.path not in arrays:
             raise ValueError(f"{folder} lacks the array {unit.path}")
         shape = _stacked_shape(unit, model)
@@ -209,13 +214,13 @@ def open_folder(folder: Path, tokenizer: Tokenizer | None) -> Source:
                 f"{folder}: {unit.path} has shape {list(arrays[unit.path].shape)}, but the settings "
                 f"say {list(shape)}"
             )
-    place, _ = _place(folder)
+    place, _ = _place(folder, step)
     carried = (folder / CARRIED).glob("*") if (folder / CARRIED).is_dir() else ()
     return Source(
         "native",
         model,
         context,
-        {unit.hf: arrays[unit.path].dtype.numpy_dtype for unit in names.units(model)},
+        {unit.hf: arrays[unit.path].dtype.numpy_dtype for unit in units},
         functools.partial(_read, model, arrays),
         lambda unit: place,
         (_said(folder), *sorted(file for file in place.rglob("*") if file.is_file())),
@@ -244,56 +249,105 @@ def _said(folder: Path) -> Path:
     return folder / (MODEL if (folder / MODEL).is_file() else "run.json")
 
 
-def parameters(folder: Path) -> str:
-    """Where in a folder those are that `load` reads: of a run that goes on, newer ones a moment later."""
-    return str(_place(folder)[0].relative_to(folder))
+def newest(folder: Path) -> int:
+    """The step of a run's newest checkpoint, 0 for a converted model. ValueError if there are no weights.
 
-
-def _place(folder: Path) -> tuple[Path, str]:
-    """The Orbax checkpoint of a folder, and what stands before the parameters' names in it."""
+    A run that goes on has a newer one a moment later: who reads twice asks once, and passes the step on.
+    """
     if (folder / PARAMS).is_dir():
-        return folder / PARAMS, ""
+        return 0
     steps = files.committed(folder / "checkpoints")
     if not steps:
         raise ValueError(
             f"{folder} has not been trained yet: it holds no finished checkpoint; the command that made it "
             "(python -m experiments.train ...) goes on"
         )
-    return folder / "checkpoints" / str(steps[-1]) / "state", "params."
+    return steps[-1]
 
 
-def _arrays(folder: Path) -> dict[str, ts.TensorStore]:
+def _place(folder: Path, step: int = 0) -> tuple[Path, str]:
+    """The Orbax checkpoint of a folder, and what stands before the parameters' names in it."""
+    last = newest(folder)
+    if (folder / PARAMS).is_dir():
+        if step:
+            raise ValueError(f"{folder} is a converted model and has no step {step}; leave it at 0")
+        return folder / PARAMS, ""
+    steps = files.committed(folder / "checkpoints")
+    if step and step not in steps:
+        there = ", ".join(map(str, steps))
+        raise ValueError(f"{folder} has no checkpoint of step {step}; those there are of {there}")
+    return folder / "checkpoints" / str(step or last) / "state", "params."
+
+
+def _arrays(folder: Path, step: int, wanted: Collection[str]) -> dict[str, ts.TensorStore]:
     """{path in the parameter tree: the stored array}, opened, nothing read.
 
-    A run that trains a part of the parameters has the others in the folder that it began from.
+    A run that trains a part of the parameters has the others in the folder that it began from, which is
+    opened where one of them is among the `wanted` paths.
     """
-    own = _own_arrays(folder)
-    if (folder / MODEL).is_file():
+    own = _own_arrays(folder, step)
+    lacking = [path for path in wanted if path not in own]
+    if not lacking or (folder / MODEL).is_file():
         return own
     run = config.from_dict(json_file.read(folder / "run.json"))
     if run.optim.train == config.Optim().train:
         return own
-    check_base(run.train, f"{folder}: its frozen parameters lie in ")
-    return _arrays(Path(run.train.init_from).expanduser()) | own
+    base = _base(folder, run.train)
+    return _arrays(base, run.train.init_step, lacking) | own
 
 
-def check_base(train: config.Train, before: str = "") -> str:
-    """The checksum of the weights that a run begins with. ValueError if they are gone or others."""
-    base = Path(train.init_from).expanduser()
+def _base(folder: Path, train: config.Train) -> Path:
+    """The folder that the run in `folder` began from: where it was, or where both were moved to together.
+
+    ValueError, with what can be done, if its weights are not there.
+    """
     try:
-        found = identity(base)
+        check_base(train)
+        return Path(train.init_from)
+    except ValueError as error:
+        for moved in _moved(folder, Path(train.init_from)) if train.init_checksum else ():
+            with contextlib.suppress(ValueError):
+                check_base(dataclasses.replace(train, init_from=str(moved)))
+                return moved
+        raise ValueError(
+            f"{folder}: its frozen parameters lie in {error}. Bring those weights back there, or to where "
+            "they lay as seen from the run, or say where they are in train.init_from of "
+            f"{folder / 'run.json'}"
+        ) from error
+
+
+def _moved(folder: Path, base: Path) -> Iterator[Path]:
+    """Where a base may be that was moved together with the run in `folder`.
+
+    Below a folder that had both: with /a/runs/base recorded, /b/runs/part finds /b/runs/base.
+    """
+    for above in dict.fromkeys((*folder.absolute().parents, *folder.resolve().parents)):
+        for begin in range(len(base.parts) - 1, 0, -1):
+            moved = above.joinpath(*base.parts[begin:])
+            if is_native(moved):
+                yield moved
+
+
+def check_base(train: config.Train) -> str:
+    """The checksum of the weights that a run begins with. ValueError if they are gone or others."""
+    base = Path(train.init_from)
+    try:
+        if not is_native(base):
+            why = "is no model of ours" if base.exists() else "does not exist"
+            raise ValueError(f"{base} {why}")
+        found = identity(base, train.init_step)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{before}train.init_from={train.init_from}: {error}") from error
+        raise ValueError(f"train.init_from={train.init_from}: {error}") from error
     if train.init_checksum not in ("", found):
         raise ValueError(
-            f"{before}train.init_from={train.init_from}, whose weights have the checksum {found} now, not "
-            f"train.init_checksum={train.init_checksum}: bring those weights back"
+            f"train.init_from={train.init_from}: its weights have the checksum {found}, not "
+            f"train.init_checksum={train.init_checksum}"
         )
     return found
 
 
-def _own_arrays(folder: Path) -> dict[str, ts.TensorStore]:
-    place, prefix = _place(folder)
+def _own_arrays(folder: Path, step: int) -> dict[str, ts.TensorStore]:
+    place, prefix = _place(folder, step)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             metadata = checkpointer.metadata(place).item_metadata

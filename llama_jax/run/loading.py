@@ -34,27 +34,34 @@ class Loaded(NamedTuple):
     draft: str = ""  # the identity of the network that proposes, and how far it is ahead
 
 
-def load(folder: Path, decode: config.Decode, mesh: config.Mesh) -> Loaded:
-    """ValueError if the folder has no network or no tokenizer."""
+def load(folder: Path, decode: config.Decode, mesh: config.Mesh, step: int = 0) -> Loaded:
+    """step: as in native.load. ValueError if the folder has no network or no tokenizer."""
     folder = folder.expanduser().absolute()
     model, context, tokenizer = settings(folder)
     if decode.compute_dtype != "stored":
         model = dataclasses.replace(model, compute_dtype=decode.compute_dtype)
     module = transformer.build(model, sharding.make(mesh, jax.devices()))
-    engine, params = Engine(module, decode), decode_params(folder, module)
+    step = step or newest(folder)
+    engine, params = Engine(module, decode), decode_params(folder, module, step)
     ends, known = (
         end_tokens(folder, tokenizer, decode.stop_tokens),
-        identity(folder, model, tokenizer),
+        identity(folder, model, tokenizer, step),
     )
     return Loaded(engine, params, tokenizer, context, ends, folder, known)
 
 
-def decode_params(folder: Path, module: Transformer) -> Any:
+def newest(folder: Path) -> int:
+    """The step whose parameters are loaded, 0 of a converted model. ValueError if the folder has none."""
+    formats.check_native(folder)
+    return native.newest(folder)
+
+
+def decode_params(folder: Path, module: Transformer, step: int = 0) -> Any:
     """The parameters of a folder as an Engine takes them, read in the compute dtype.
 
     At most they and one stacked array are in memory: float32 copies would be twice as much.
     """
-    params = native.load(folder, module, module.config.compute_dtype)
+    params = native.load(folder, module, module.config.compute_dtype, step=step)
     return transformer.unstack_and_delete(module, params)
 
 
@@ -69,9 +76,9 @@ def end_tokens(folder: Path, tokenizer: Tokenizer, named: Sequence[str]) -> froz
     return frozenset({tokenizer.eos} | own | turns | asked)
 
 
-def identity(folder: Path, model: config.Model, tokenizer: Tokenizer) -> str:
+def identity(folder: Path, model: config.Model, tokenizer: Tokenizer, step: int) -> str:
     """A text that other weights, settings or another tokenizer do not have."""
-    said = [native.identity(folder), config.to_dict(model), tokenizer.fingerprint]
+    said = [native.identity(folder, step), config.to_dict(model), tokenizer.fingerprint]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 

@@ -232,7 +232,9 @@ def train(
     checkpoints = checkpoint.Checkpoints(workdir, run.checkpoint)
     if hosts.first() and (left := checkpoints.clean()):
         print(f"removed what interrupted saves left in {checkpoints.folder}: {', '.join(left)}")
-    frozen = warm_start.weights(run, program, trained=False) if program.frozen else {}
+    frozen = {}
+    if program.frozen:
+        frozen = hosts.together(lambda: warm_start.weights(run, program, trained=False))
     state, before = start(run, program, checkpoints, prepared, record["order"])
     first = int(state.step)
     hosts.together(lambda: describe(workdir, record["run"], prepared) if hosts.first() else None)
@@ -324,8 +326,8 @@ def start(run, program, checkpoints, prepared, order: str) -> tuple[Any, loop.Pr
     if restored is None:
         layout = program.module.layout
         if run.train.init_from:
-            warm_start.check(run, prepared)
-            trained = warm_start.weights(run, program, trained=True)
+            hosts.together(lambda: warm_start.check(run, program, prepared))
+            trained = hosts.together(lambda: warm_start.weights(run, program, trained=True))
             state = train_state.begin(program.objective, program.tx, layout, trained)
         else:
             state = train_state.init(program.objective, program.tx, layout, run.train.seed)

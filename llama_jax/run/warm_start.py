@@ -6,37 +6,59 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax import config, files, tree
-from llama_jax.convert import native
+from llama_jax.convert import formats, native
 from llama_jax.data import prepare
 from llama_jax.run import hosts
 from llama_jax.train.program import Program
 
 
 def pinned(run: config.Run, workdir: Path) -> config.Run:
-    """The run with the checksum of the weights that it begins with. ValueError if it expects others.
+    """The run with the folder, step and checksum of the weights that it begins with. All hosts must call it.
 
-    A run that trains every parameter needs its base no more once it has a checkpoint.
+    Once the workdir has checkpoints they are those on record in its run.json: a base that trains on meanwhile
+    is not followed, and one that moved is told by its checksum. Before, the first host chooses the step.
+    ValueError, on every host, where one of them does not find these weights.
     """
     if not run.train.init_from:
         return run
-    base = str(Path(run.train.init_from).expanduser().absolute())
-    begins = dataclasses.replace(run.train, init_from=base)
-    found = hosts.together(lambda: _recorded(run, begins, workdir) or native.check_base(begins))
-    return dataclasses.replace(run, train=dataclasses.replace(begins, init_checksum=found))
+    base = Path(run.train.init_from).expanduser().absolute()
+    begins = dataclasses.replace(run.train, init_from=str(base))
+    old = hosts.together(lambda: _recorded(workdir))
+
+    def step() -> int:
+        return begins.init_step or (old.init_step if old else _newest(base))
+
+    chosen = hosts.first_says(hosts.together(step if hosts.first() else lambda: 0))
+    begins = dataclasses.replace(begins, init_step=chosen)
+    checksum = hosts.together(lambda: _on_record(old, begins) or native.check_base(begins))
+    return dataclasses.replace(run, train=dataclasses.replace(begins, init_checksum=checksum))
 
 
-def _recorded(run: config.Run, begins: config.Train, workdir: Path) -> str:
-    """The checksum of this base in the workdir's run.json; "" where the base itself must be read."""
+def _recorded(workdir: Path) -> config.Train | None:
+    """What a run that has checkpoints recorded of its beginning; None without."""
     path = workdir / "run.json"
-    trained = files.committed(workdir / "checkpoints") and path.exists()
-    if run.optim.train != config.Optim().train or not trained:
-        return ""
+    if not files.committed(workdir / "checkpoints") or not path.exists():
+        return None
     old = config.from_dict(json.loads(path.read_text())).train
-    same = old.init_from == begins.init_from and begins.init_checksum in ("", old.init_checksum)
-    return old.init_checksum if same else ""
+    return old if old.init_from else None
 
 
-def check(run: config.Run, prepared: prepare.Prepared) -> None:
+def _on_record(old: config.Train | None, begins: config.Train) -> str:
+    """The checksum of these weights that a run recorded; "" where they must be read for it."""
+    if old is None or (old.init_from, old.init_step) != (begins.init_from, begins.init_step):
+        return ""
+    return old.init_checksum if begins.init_checksum in ("", old.init_checksum) else ""
+
+
+def _newest(base: Path) -> int:
+    try:
+        formats.check_native(base)
+        return native.newest(base)
+    except ValueError as error:
+        raise ValueError(f"train.init_from={base}: {error}") from error
+
+
+def check(run: config.Run, program: Program, prepared: prepare.Prepared) -> None:
     """ValueError if the weights to begin with are quantised, or know other tokens.
 
     Other settings of the network are printed: a run may change its RoPE scaling, for example.
@@ -55,11 +77,21 @@ def check(run: config.Run, prepared: prepare.Prepared) -> None:
     base = dataclasses.replace(run, model=model)
     for line in config.diff(base, run, essential=True):
         print(f"train.init_from has other settings: {line}")
+    if program.frozen and run.train.init_step:
+        print(
+            f"the frozen parameters stay in checkpoint {run.train.init_step} of {folder}: keep it; a run "
+            "that goes on there removes all but its newest checkpoints (checkpoint.keep)"
+        )
 
 
 def weights(run: config.Run, program: Program, trained: bool) -> Any:
-    """The trained parameters of `train.init_from`, float32, or the frozen ones, in the compute dtype."""
+    """The trained parameters of `train.init_from`, float32, or the frozen ones, in the compute dtype.
+
+    Those of the step that `pinned` found. ValueError if they are gone or others: a run that resumes needs
+    the frozen ones alone, and reads the folder here for the first time.
+    """
+    native.check_base(run.train)
     mine = tree.flat(program.objective.letters).keys()
     dtype = "float32" if trained else run.model.compute_dtype
     pick = lambda path: (path in mine) == trained  # noqa: E731
-    return native.load(Path(run.train.init_from), program.module, dtype, pick)
+    return native.load(Path(run.train.init_from), program.module, dtype, pick, run.train.init_step)

@@ -1,5 +1,6 @@
 """Runs that begin with the weights of another."""
 
+import dataclasses
 import json
 import shutil
 
@@ -10,6 +11,7 @@ import pytest
 from llama_jax import config, sharding, tree
 from llama_jax.convert import native
 from llama_jax.model import transformer
+from llama_jax.run import session, warm_start
 from tests.experiments import helpers
 
 STEPS = "--config.train.steps=4"
@@ -17,11 +19,22 @@ STEPS = "--config.train.steps=4"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """The folder of a run of 4 steps, and the arguments of runs on its text."""
+    """The folder of a run with checkpoints of steps 2 and 4, and the arguments of runs on its text."""
     folder = tmp_path_factory.mktemp("base")
-    done = helpers.run("train", *helpers.arguments(folder, STEPS))
+    done = helpers.run("train", *helpers.arguments(folder, STEPS, "--config.checkpoint.every=2"))
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(scope="module")
+def part(base):
+    """A run that trains attention and norms, from step 4 of a copy of the base; the flags that made it."""
+    shutil.copytree(base / "run", base / "old/base")
+    flags = ["--config.optim.train=('*/attention/*', 'D')"]
+    flags += [f"--config.train.init_from={base}/old/base", "--config.checkpoint.every=2"]
+    done = train(base, "old/part", *flags)
+    assert done.returncode == 0, done.stderr
+    return base / "old/part", flags, done.stdout
 
 
 def train(base, name, *flags):
@@ -56,6 +69,11 @@ def rows(folder):
             ["--config.train.init_from={base}/run", "--config.model.ffn_dim=48"],
             "does not hold the parameters",
         ),
+        (
+            ["--config.train.init_from={base}/run", "--config.train.init_step=3"],
+            "/run has no checkpoint of step 3; those there are of 2, 4",
+        ),
+        (["--config.train.init_from={base}"], "holds no checkpoint that is known"),
     ],
 )
 def test_what_cannot_begin_is_said(base, flags, message):
@@ -88,33 +106,115 @@ def test_a_study_does_not_begin_with_trained_weights(base):
     assert "the runs of a study begin from their seeds" in done.stderr
 
 
-def test_a_part_is_trained_and_the_folder_is_the_whole_network(base):
+def test_a_part_is_trained_and_the_folder_is_the_whole_network(base, part):
     """Its checkpoints hold that part; what reads the folder finds the rest in the base."""
-    part = ["--config.optim.train=('*/attention/*', 'D')", f"--config.train.init_from={base}/run"]
-    part += ["--config.checkpoint.every=2"]
-    done = train(base, "part", *part)
-    assert done.returncode == 0, done.stderr
-    assert "of them trained" in done.stdout
-    before, after = params(base / "run"), params(base / "part")
+    folder, flags, printed = part
+    assert "of them trained" in printed
+    assert f"the frozen parameters stay in checkpoint 4 of {base}/old/base" in printed
+    before, after = params(base / "run"), params(folder)
     assert before.keys() == after.keys()
     moved = {path for path in before if (before[path] != after[path]).any()}
     assert moved == {path for path in before if "/attention/" in path or path.endswith("scale")}
-    recorded = json.loads((base / "part/run.json").read_text())["train"]
+    recorded = json.loads((folder / "run.json").read_text())["train"]
     assert recorded["init_checksum"] == native.identity(base / "run")
-    losses = [row["loss"] for row in rows(base / "part")]
+    assert recorded["init_step"] == 4
+    losses = [row["loss"] for row in rows(folder)]
     assert losses[0] < rows(base / "run")[-1]["loss"] + 0.3, "it begins where the base has ended"
-    shutil.rmtree(base / "part/checkpoints/4")
-    more = train(base, "part", *part)
+    shutil.rmtree(folder / "checkpoints/4")
+    more = train(base, "old/part", *flags)
     assert "resuming at step 2" in more.stdout, more.stderr
-    assert [row["loss"] for row in rows(base / "part")] == losses
-    asked = [f"--checkpoint={base}/part", "--prompt=w1", "--config.decode.max_new_tokens=4"]
+    assert [row["loss"] for row in rows(folder)] == losses
+    asked = [f"--checkpoint={folder}", "--prompt=w1", "--config.decode.max_new_tokens=4"]
     said = helpers.run("generate", *asked)
     assert said.returncode == 0, said.stderr
-    (base / "run").rename(base / "moved")
+    (base / "old/base").rename(base / "old/gone")
     said = helpers.run("generate", *asked)
-    assert f"{base}/part: its frozen parameters lie in train.init_from={base}/run" in said.stderr
-    (base / "moved").rename(base / "run")
-    shutil.rmtree(base / "run/checkpoints/4/state/d")
-    again = train(base, "part", *part)
+    assert f"its frozen parameters lie in train.init_from={base}/old/base" in said.stderr
+    assert "does not exist. Bring those weights back" in said.stderr
+    again = train(base, "old/part", *flags)
     assert again.returncode == 1
-    assert "train.init_checksum" in again.stderr
+    assert f"train.init_from={base}/old/base: {base}/old/base does not exist" in again.stderr
+    (base / "old/gone").rename(base / "old/base")
+
+
+def test_a_partial_run_keeps_the_step_of_a_base_that_trains_on(base, part, tmp_path):
+    """Newer checkpoints of the base change nothing; when its own is removed, that is said."""
+    other = tmp_path / "growing"
+    shutil.copytree(base / "old/base", other)
+    shutil.copytree(part[0], base / "moved")
+    flags = [*part[1], f"--config.train.init_from={other}"]
+    before = params(part[0])
+    shutil.copytree(other / "checkpoints/2", other / "checkpoints/6")
+    assert "already trained" in train(base, "moved", *flags).stdout
+    shutil.rmtree(base / "moved/checkpoints/4")
+    assert "resuming at step 2" in train(base, "moved", *flags).stdout
+    recorded = json.loads((base / "moved/run.json").read_text())["train"]
+    assert (recorded["init_from"], recorded["init_step"]) == (str(other), 4)
+    after = params(base / "moved")
+    assert all((after[path] == before[path]).all() for path in before)
+    shutil.rmtree(other / "checkpoints/4")
+    with pytest.raises(
+        ValueError, match=r"no checkpoint of step 4; those there are of 2, 6\. Bring"
+    ):
+        params(base / "moved")
+    again = train(base, "moved", *flags)
+    assert again.returncode == 1
+    assert "no checkpoint of step 4; those there are of 2, 6" in again.stderr
+
+
+def test_a_partial_run_that_moves_together_with_its_base_is_readable(base, part, tmp_path):
+    before = params(part[0])
+    shutil.copytree(base / "old", tmp_path / "elsewhere/old")
+    (base / "old").rename(base / "away")
+    after = params(tmp_path / "elsewhere/old/part")
+    assert all((after[path] == before[path]).all() for path in before)
+    shutil.rmtree(tmp_path / "elsewhere/old/base/checkpoints/4/state/d")
+    with pytest.raises(ValueError, match=r"init_from of .*/elsewhere/old/part/run\.json"):
+        params(tmp_path / "elsewhere/old/part")
+    (base / "away").rename(base / "old")
+
+
+def test_a_partial_run_may_begin_from_a_partial_run(base, part):
+    """Each array is read where it was trained last."""
+    flags = ["--config.optim.train=('embed', 'output')", f"--config.train.init_from={part[0]}"]
+    done = train(base, "second", *flags)
+    assert done.returncode == 0, done.stderr
+    whole, first, second = (params(folder) for folder in (base / "run", part[0], base / "second"))
+    for path, leaf in second.items():
+        trained = path in ("embed", "output")
+        assert (leaf == first[path]).all() == (not trained), path
+        assert (first[path] == whole[path]).all() == (
+            "/attention/" not in path and not path.endswith("scale")
+        )
+
+
+def test_a_run_may_begin_with_an_earlier_step(base):
+    """With patterns that pick every parameter the run is whole, and needs its base no more."""
+    shutil.copytree(base / "run", base / "early")
+    begins = [f"--config.train.init_from={base}/early", "--config.train.init_step=2"]
+    begins += ["--config.optim.train=('**',)"]
+    done = train(base, "from_2", *begins)
+    assert done.returncode == 0, done.stderr
+    recorded = json.loads((base / "from_2/run.json").read_text())["train"]
+    assert recorded["init_checksum"] == native.identity(base / "run", 2)
+    shutil.rmtree(base / "early")
+    assert params(base / "from_2").keys() == params(base / "run").keys()
+    again = train(base, "from_2", *begins)
+    assert "already trained" in again.stdout, again.stderr
+
+
+def test_without_run_json_the_weights_to_begin_with_are_read_again(base, tmp_path):
+    """A workdir with checkpoints whose run.json is gone has no record of them."""
+    shutil.copytree(base / "run", tmp_path / "run")
+    begins = config.Train(init_from=str(base / "run"))
+    run = config.Run(train=begins)
+    (tmp_path / "run/run.json").unlink()
+    found = warm_start.pinned(run, tmp_path / "run").train
+    assert (found.init_step, found.init_checksum) == (4, native.identity(base / "run"))
+    session.check_same(tmp_path / "run", run)
+    recorded = dataclasses.replace(begins, init_step=2, init_checksum="0123")
+    said = config.to_dict(dataclasses.replace(run, train=recorded))
+    (tmp_path / "run/run.json").write_text(json.dumps(said))
+    assert warm_start.pinned(run, tmp_path / "run").train == recorded
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    assert warm_start.pinned(run, tmp_path / "run").train == found, "nothing was trained"
