@@ -116,13 +116,17 @@ def on_slurm(run: config.Run, slice_: hardware.Slice) -> int:
             say(f"note: {expected(lacking)} not here")
         return 0
     if lacking:
-        raise ValueError(f"{expected(lacking)} not here; {RECIPE}")
+        raise ValueError(f"{expected(lacking)} not here; {recipe(run)}")
     need("sbatch")
     done = subprocess.run(["sbatch"], input=script, text=True, check=False)
     return done.returncode
 
 
-RECIPE = "point --config.data.sources.NAME.path and --config.data.tokenizer.path to where they are"
+def recipe(run: config.Run) -> str:
+    """What to do about files that the hosts lack."""
+    settings = ["--config.data.sources.NAME.path", "--config.data.tokenizer.path"]
+    settings += ["--config.train.init_from"] if run.train.init_from else []
+    return f"point {', '.join(settings[:-1])} and {settings[-1]} to where they are"
 
 
 def expected(paths: list[str]) -> str:
@@ -134,7 +138,7 @@ def expected(paths: list[str]) -> str:
 def data_files(run: config.Run) -> list[str]:
     """What the run reads besides its code."""
     paths = [source.path for source in run.data.sources if source.kind in ("files", "rows")]
-    return paths + ([run.data.tokenizer.path] if run.data.tokenizer.path else [])
+    return paths + [path for path in (run.data.tokenizer.path, run.train.init_from) if path]
 
 
 def need(program: str) -> None:
@@ -169,12 +173,12 @@ def on_tpu(run: config.Run, slice_: hardware.Slice) -> int:
     arguments()  # before anything costs money
     lacking = cloud.absent(data_files(run), copied(), BUCKET.value)
     if not GO.value:
-        print("\n".join(described(rental, lacking)))
+        print("\n".join(described(rental, lacking, recipe(run))))
         return 0
     if lacking:
         raise ValueError(
             f"{expected(lacking)} not among the files that are copied to the hosts (git's, without what it "
-            f"ignores); put it into a bucket and {RECIPE}, as ~/bucket/{lacking[0].lstrip('~/')}"
+            f"ignores); put it into a bucket and {recipe(run)}, as ~/bucket/{lacking[0].lstrip('~/')}"
         )
     need("gcloud")
     with only_one(rental):
@@ -256,8 +260,8 @@ def copied() -> list[str]:
     return done.stdout.split("\0")
 
 
-def described(rental: cloud.Rental, lacking: list[str]) -> list[str]:
-    """What --go would do, as a script to read."""
+def described(rental: cloud.Rental, lacking: list[str], advice: str) -> list[str]:
+    """What --go would do, as a script to read. advice: what to do about the files that the hosts lack."""
     archive = "llama_jax.tgz"
     code = [cloud.pack(archive), *copies(rental, archive, "SECRETS")]
     lost = ", ".join(sorted(cloud.GONE))
@@ -267,7 +271,7 @@ def described(rental: cloud.Rental, lacking: list[str]) -> list[str]:
         *([("if there is no such bucket: one whose folders are renamed at once, as a checkpoint's is when it "
             "is finished", bucket)] if bucket else []),
         *([(f"not among the files that are copied, so put them there: {', '.join(lacking)}; "
-            f"{RECIPE}", [])] if lacking else []),
+            f"{advice}", [])] if lacking else []),
         ("rent the slice", [rental.create()]),
         ("wait until this prints ACTIVE (READY with --direct)", [rental.state()]),
         ("the code, to every host", code),

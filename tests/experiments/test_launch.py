@@ -442,6 +442,14 @@ REFUSED = {
         ["--config=configs/llama2_7b.py:v4_32", *TPU, "--go"],
         r"the config reads rows/llama2, tokenizer.model, and those are not among the files that are copied",
     ),
+    "weights not copied": (
+        ["--config=configs/llama2_7b.py:v4_32", *TPU, "--config.train.init_from=runs/base", "--go"],
+        r"the config reads rows/llama2, tokenizer.model, runs/base, and those .* and --config.train.init_from to",
+    ),
+    "weights not here": (
+        ["--config=configs/llama2_7b.py:h100_64", "--workdir=/scratch/x", "--config.train.init_from=/base", "--go"],
+        r"tokenizer.model, /base, and those are not here; .* and --config.train.init_from to where they are",
+    ),
     "data not here": (
         ["--config=configs/llama2_7b.py:h100_64", "--workdir=/scratch/x", "--go"],
         r"the config reads rows/llama2, tokenizer.model, and those are not here",
