@@ -5,39 +5,63 @@
 N_matmul counts the parameters that a token is multiplied with (no embedding look-up, no norm scales;
 a tied output matrix counts). The second term is attention's two products over the causal half of the
 square, or over the window. Recomputation does not count (PaLM's convention, arXiv:2204.02311 appendix B,
-with the half); MaxText's figure for 7B at T = 2048 is the same to the digit.
+with the half); MaxText's figure for 7B at T = 2048 is the same to the digit. Of a frozen matrix it is 4
+instead of 6, or 2 where the backward pass does not reach it (`per_token`).
 """
 
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from llama_jax import config, dims
+from llama_jax import config, dims, tree
 from llama_jax.model import transformer
 from llama_jax.model.kernels import SPLASH_BLOCK
 from llama_jax.model.transformer import Transformer
 
 
-def matmul_parameters(module: Transformer) -> int:
-    """Entries of the matrices that a token is multiplied with; a tied embedding is one of them."""
+def per_token(module: Transformer, seq_len: int, frozen: Collection[str] = ()) -> int:
+    """Forward and backward FLOPs of one token in a row of `seq_len`. frozen: paths of what is not trained.
+
+    A matrix takes 2 FLOPs an entry forward, 2 for its own gradient if it is trained, and 2 for the gradient
+    of its input if something before it is trained. All blocks need the latter, and attention's backward
+    products, as soon as one array of them is trained: that the first block could do without a part is not
+    counted.
+    """
+    matrices, trained = _matrices(module), tree.paths(transformer.letters(module)).keys() - frozen
+    first = min(map(_stage, trained))
+    total = 0.0
+    for path, entries in matrices.items():
+        stage = _OUTPUT if path == "embed" else _stage(path)
+        passes = 1 + (path in trained) + (first < stage or first == stage == _BLOCKS)
+        total += 2 * passes * entries
+    blocks = module.config.blocks
+    attention = sum(n * ATTENTION[kind](module.config, seq_len) for kind, n in blocks.items())
+    return int(total + (attention if first <= _BLOCKS else attention / 3))
+
+
+def _matrices(module: Transformer) -> dict[str, int]:
+    """{path: entries} of the matrices that a token is multiplied with; a tied embedding is one of them."""
     tied = module.config.output == "tied"
 
     def multiplied(label: str) -> bool:
         output = tied and "vocabulary" in dims.roles(label)
         return dims.is_matrix(label) and (output or not dims.is_table(label))
 
-    labels, shapes = transformer.letters(module), transformer.abstract(module)
-    each = jax.tree.map(lambda label, leaf: multiplied(label) * leaf.size, labels, shapes)
-    return sum(jax.tree.leaves(each))
+    labels, shapes = (
+        tree.paths(of) for of in (transformer.letters(module), transformer.abstract(module))
+    )
+    return {path: shapes[path].size for path, label in labels.items() if multiplied(label)}
 
 
-def per_token(module: Transformer, seq_len: int) -> int:
-    """Forward and backward FLOPs of one token in a row of `seq_len`."""
-    blocks = module.config.blocks
-    attention = sum(n * ATTENTION[kind](module.config, seq_len) for kind, n in blocks.items())
-    return int(6 * matmul_parameters(module) + attention)
+# The order in which parameters are used: embeddings, blocks, the final norm, the output matrix.
+_INPUT, _BLOCKS, _NORM, _OUTPUT = range(4)
+
+
+def _stage(path: str) -> int:
+    last = {"groups": _BLOCKS, "norm": _NORM, "output": _OUTPUT}
+    return last.get(path.partition("/")[0], _INPUT)
 
 
 def _self_attention(model: config.Model, seq_len: int) -> float:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from llama_jax import config, sharding
+from llama_jax import config, sharding, tree
 from llama_jax.analysis import carbon, flops, hardware, memory
 from llama_jax.plan import aot, roofline
 from llama_jax.plan.hlo import Compiled
@@ -64,7 +64,8 @@ def of(run: config.Run, name: str, compiled: Compiled | aot.DoesNotFit | None) -
     layout = sharding.abstract(run.mesh, slice_.devices)
     program = programs.build(run, layout)
     need = memory.need(run, layout, program.state, slice_.device, program.frozen)
-    model = flops.per_token(program.module, run.data.seq_len) * run.tokens_per_step / slice_.devices
+    a_token = flops.per_token(program.module, run.data.seq_len, tree.paths(program.frozen))
+    model = a_token * run.tokens_per_step / slice_.devices
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.state))
     known = dict(
         slice=name,

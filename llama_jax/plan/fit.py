@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 
-from llama_jax import config, sharding
+from llama_jax import config, sharding, tree
 from llama_jax.analysis import flops, hardware, memory
 from llama_jax.model import kernels
 from llama_jax.plan import roofline
@@ -74,7 +74,8 @@ def _sizes(run: config.Run) -> tuple[int, int, int]:
         sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part))
         for part in ((program.state, program.frozen), program.state.params)
     )
-    return state, parameters, flops.per_token(program.module, run.data.seq_len)
+    a_token = flops.per_token(program.module, run.data.seq_len, tree.paths(program.frozen))
+    return state, parameters, a_token
 
 
 def _candidates(

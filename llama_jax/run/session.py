@@ -249,7 +249,7 @@ def train(
             boards.append(metrics.wandb(workdir, record["run"]))
         if run.log.audit == "on":
             audit = metrics.jsonl(workdir / "audit.jsonl", first)
-    rates = figures(run, program.module)
+    rates = figures(run, program)
     recorder = loop.Recorder(run, rates, writers + boards, console, before)
     per_token = iterator.bytes_per_token(run, prepared)
     sums = lambda trained, batch: machine.evaluate(trained, frozen, batch)  # noqa: E731
@@ -364,10 +364,11 @@ def _progress(run: config.Run, record: dict[str, Any]) -> loop.Progress:
     return loop.Progress(record["seconds"], tokens, means)
 
 
-def figures(run: config.Run, module) -> loop.Rates:
+def figures(run: config.Run, program: programs.Program) -> loop.Rates:
     devices = jax.devices()
     peak = run.log.peak_tflops or hardware.find(devices[0].device_kind).bf16_tflops
-    return loop.Rates(flops.per_token(module, run.data.seq_len), peak * 1e12 * len(devices))
+    a_token = flops.per_token(program.module, run.data.seq_len, tree.paths(program.frozen))
+    return loop.Rates(a_token, peak * 1e12 * len(devices))
 
 
 def validation(

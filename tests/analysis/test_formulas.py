@@ -11,6 +11,7 @@ from llama_jax import config, sharding, tree
 from llama_jax.analysis import baseline, carbon, flops, hardware, memory
 from llama_jax.model import transformer
 from llama_jax.plan import figures
+from llama_jax.train import partial
 from llama_jax.train import program as programs
 
 
@@ -39,6 +40,43 @@ def test_flops_count_every_product(model, layout):
     weights = 2 * layer + 24 * 41
     attention = 2 * 2 * 2 * 6 * 4 * (10 / 2)
     assert flops.per_token(module, 10) == 3 * (2 * weights + attention)
+
+
+HEADS = 24 * 6 * 4 * 2 + 24 * 3 * 4 * 2  # q, o; k, v
+HIDDEN, OUTPUT = 3 * 24 * 20, 24 * 41
+SCORES = 2 * 2 * 6 * 4 * (10 / 2)  # both products of a layer, forward
+
+
+@pytest.mark.parametrize(
+    ("trained", "expected"),
+    [
+        # Forward; the gradient of every input; the gradients of what is trained.
+        (("*/attention/*",), 4 * (2 * (HEADS + HIDDEN) + OUTPUT) + 2 * 2 * HEADS + 3 * 2 * SCORES),
+        (("VD",), 4 * (2 * (HEADS + HIDDEN) + OUTPUT) + 3 * 2 * SCORES),
+        (("groups/*/ffn_norm/scale",), 4 * (2 * (HEADS + HIDDEN) + OUTPUT) + 3 * 2 * SCORES),
+        # The backward pass ends at the final norm, and at the output matrix.
+        (("norm/scale",), 2 * 2 * (HEADS + HIDDEN) + 4 * OUTPUT + 2 * SCORES),
+        (("output",), 2 * 2 * (HEADS + HIDDEN) + 4 * OUTPUT + 2 * SCORES),
+        (("norm/scale", "output"), 2 * 2 * (HEADS + HIDDEN) + 6 * OUTPUT + 2 * SCORES),
+    ],
+)  # fmt: skip
+def test_frozen_matrices_need_no_gradient_of_their_own(model, layout, trained, expected):
+    module = transformer.build(model, layout)
+    letters = transformer.letters(module)
+    frozen = tree.paths(letters).keys() - partial.chosen(letters, trained)
+    assert flops.per_token(module, 10, frozen) == expected
+
+
+def test_a_frozen_tied_output_has_the_gradient_of_its_input(model, layout):
+    module = transformer.build(dataclasses.replace(model, output="tied"), layout)
+    frozen = tree.paths(transformer.letters(module)).keys() - {"embed"}
+    assert flops.per_token(module, 10, frozen) == (
+        4 * 2 * (HEADS + HIDDEN) + 6 * OUTPUT + 3 * 2 * SCORES
+    )
+    frozen = tree.paths(transformer.letters(module)).keys() - {"norm/scale"}
+    assert flops.per_token(module, 10, frozen) == (
+        2 * 2 * (HEADS + HIDDEN) + 4 * OUTPUT + 2 * SCORES
+    )
 
 
 def test_a_tied_output_is_still_multiplied_with(model, layout):
