@@ -8,6 +8,7 @@ what is there.
 """
 
 import contextlib
+import dataclasses
 import json
 import shlex
 import time
@@ -23,7 +24,7 @@ from llama_jax import config, files
 from llama_jax.analysis import memory, runcard
 from llama_jax.data import mixture, prepare
 from llama_jax.eval import score
-from llama_jax.run import hosts, provenance, session
+from llama_jax.run import hosts, provenance, session, warm_start
 from llama_jax.run.lease import Held
 from llama_jax.study import grid, overview, record, report, schema
 from llama_jax.train import checkpoint, loop
@@ -53,12 +54,16 @@ def main() -> int:
         return 0
     workdir = Path(WORKDIR.value).expanduser().absolute()
     if REPORT_ONLY.value:
+        study, found = pinned(study, found, workdir)
         claim(workdir, study, found, must_exist=True)
         return write(study, found, workdir)
 
     cli.join(study.base.mesh.hardware)
     cli.tune_for_cpu()
     hosts.check(study.base.mesh)
+    study, found = pinned(study, found, workdir)
+    runs = grid.runs(study, found)
+    chosen = choose(runs)
     hosts.compare(lambda: {**settings(study), "--only": ONLY.value, **provenance.installed()})
     hosts.together(lambda: claim(workdir, study, found))
     if jax.process_count() > 1:
@@ -86,6 +91,26 @@ def main() -> int:
     code = write(study, found, workdir) if hosts.first() else 0
     hosts.agree(True)
     return 1 if failed else Held.exit_code if held else code
+
+
+def pinned(study: schema.Study, found: list, workdir: Path) -> tuple[schema.Study, list]:
+    """The study and its cells with the weights that all of them begin with, those on record in study.json."""
+    path = workdir / "study.json"
+
+    def recorded() -> config.Train | None:
+        if not path.exists():
+            return None
+        return config.from_dict(json.loads(path.read_text())["base"]).train
+
+    base = warm_start.pinned(study.base, recorded)
+    names = ("init_from", "init_step", "init_checksum")
+    begins = {name: getattr(base.train, name) for name in names}
+
+    def of(run: config.Run) -> config.Run:
+        return dataclasses.replace(run, train=dataclasses.replace(run.train, **begins))
+
+    cells = [cell._replace(run=of(cell.run)) for cell in found]
+    return dataclasses.replace(study, base=base), cells
 
 
 def settings(study: schema.Study) -> dict:

@@ -41,7 +41,7 @@ def main() -> int:
     cli.tune_for_cpu()
     hosts.check(run.mesh)
     workdir = Path(WORKDIR.value).expanduser().absolute()
-    run = warm_start.pinned(run, workdir)
+    run = warm_start.pinned(run, lambda: warm_start.recorded(workdir))
     hosts.compare(lambda: {**config.flatten(run), **provenance.installed()})
     jax.config.update("jax_compilation_cache_dir", str(Path(run.data.cache).expanduser() / "xla"))
     with session.holding(workdir, run) as lease:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,19 @@ from llama_jax.run import hosts
 from llama_jax.train.program import Program
 
 
-def pinned(run: config.Run, workdir: Path) -> config.Run:
+def pinned(run: config.Run, recorded: Callable[[], config.Train | None]) -> config.Run:
     """The run with the folder, step and checksum of the weights that it begins with. All hosts must call it.
 
-    Once the workdir has checkpoints they are those on record in its run.json: a base that trains on meanwhile
-    is not followed, and one that moved is told by its checksum. Before, the first host chooses the step.
-    ValueError, on every host, where one of them does not find these weights.
+    They are those on record, if there are: a base that trains on meanwhile is not followed, and one that
+    moved is told by its checksum. Else the first host chooses the step. ValueError, on every host, where one
+    of them does not find these weights.
     """
     if not run.train.init_from:
         return run
     base = Path(run.train.init_from).expanduser().absolute()
     begins = dataclasses.replace(run.train, init_from=str(base))
-    old = hosts.together(lambda: _recorded(workdir))
+    old = hosts.together(recorded)
+    old = old if old and old.init_from else None
 
     def step() -> int:
         return begins.init_step or (old.init_step if old else _newest(base))
@@ -34,13 +36,12 @@ def pinned(run: config.Run, workdir: Path) -> config.Run:
     return dataclasses.replace(run, train=dataclasses.replace(begins, init_checksum=checksum))
 
 
-def _recorded(workdir: Path) -> config.Train | None:
+def recorded(workdir: Path) -> config.Train | None:
     """What a run that has checkpoints recorded of its beginning; None without."""
     path = workdir / "run.json"
     if not files.committed(workdir / "checkpoints") or not path.exists():
         return None
-    old = config.from_dict(json.loads(path.read_text())).train
-    return old if old.init_from else None
+    return config.from_dict(json.loads(path.read_text())).train
 
 
 def _on_record(old: config.Train | None, begins: config.Train) -> str:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from llama_jax import config, sharding, tree
 from llama_jax.analysis import flops
+from llama_jax.model import transformer
 from llama_jax.study import schema
 from llama_jax.study.schema import Study
 from llama_jax.train import program
@@ -29,6 +30,8 @@ def cells(study: Study) -> list[Cell]:
     made = [matched(study, made[0], cell) for cell in made]
     reach = study.base.data.seq_len * max(study.lengths)
     effective = [_effective(cell.run, reach) for cell in made]
+    if study.base.train.init_from:
+        _check_shapes(made)
     for i, cell in enumerate(made):
         for before, run in zip(made[:i], effective, strict=False):
             if not config.diff(run, effective[i], essential=True):
@@ -36,6 +39,18 @@ def cells(study: Study) -> list[Cell]:
                     f"{cell.name} computes the same as {before.name}: an ablation of nothing"
                 )
     return made
+
+
+def _check_shapes(made: list[Cell]) -> None:
+    """ValueError unless every cell can begin with the weights that the base begins with."""
+    layout = sharding.abstract(config.Mesh(), 1)
+    base, *others = (transformer.abstract(transformer.build(c.run.model, layout)) for c in made)
+    for cell, shapes in zip(made[1:], others, strict=True):
+        if differing := tree.diff(base, shapes):
+            raise ValueError(
+                f"{cell.name} cannot begin with the weights of train.init_from: {differing[0]}; choose among "
+                "settings that leave the parameters' shapes, or leave train.init_from at ''"
+            )
 
 
 def _effective(run: config.Run, reach: int) -> config.Run:
@@ -64,7 +79,8 @@ def name_of(cell: Cell, seed: int) -> str:
 
 
 def seeded(run: config.Run, seed: int) -> config.Run:
-    """Other initial values and another order of the same text; equal across cells."""
+    """Other initial values, where the run begins with its own, and another order of the same text; equal
+    across cells."""
     return dataclasses.replace(
         run,
         train=dataclasses.replace(run.train, seed=run.train.seed + seed),
@@ -126,6 +142,8 @@ def _cell(study: Study, combination: tuple[schema.Choice, ...]) -> Cell:
     for place in places:
         if place in ("train.seed", "data.seed"):
             raise ValueError(f"{name}: {place} belongs to the study's seeds, not to a choice")
+        if place.startswith("train.init_"):
+            raise ValueError(f"{name}: {place} cannot be a choice: all cells begin alike")
         if place.startswith("data.") or place == "model.vocab_size":
             raise ValueError(
                 f"{name}: {place} cannot be a choice: all cells are scored on the same tokens"

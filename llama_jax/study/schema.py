@@ -79,14 +79,6 @@ class Study:
                 f"rows={self.rows} must be a multiple of {each}: as many blocks of {self.block} of each of "
                 f"the {sources} sources; nearest: {near}"
             )
-        places = {
-            place for axis in self.axes for choice in axis.choices for place, _ in choice.changes
-        }
-        if self.base.train.init_from or "train.init_from" in places:
-            raise ValueError(
-                "train.init_from: the runs of a study begin from their seeds; leave it at '', and give "
-                "runs that begin with trained weights to experiments.train"
-            )
         packed = (self.base.data.packing, self.base.data.segments)
         if packed != ("concat", "none"):
             raise ValueError(

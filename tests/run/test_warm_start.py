@@ -99,13 +99,6 @@ def test_a_run_of_every_parameter_resumes_without_its_base(base):
     assert "first" in other.stderr
 
 
-def test_a_study_does_not_begin_with_trained_weights(base):
-    flags = ["--config=configs/ablations/norm.py", f"--config.base.train.init_from={base}/run"]
-    done = helpers.run("ablate", *flags, f"--workdir={base}/study", "--list")
-    assert done.returncode == 1
-    assert "the runs of a study begin from their seeds" in done.stderr
-
-
 def test_a_part_is_trained_and_the_folder_is_the_whole_network(base, part):
     """Its checkpoints hold that part; what reads the folder finds the rest in the base."""
     folder, flags, printed = part
@@ -206,15 +199,51 @@ def test_a_run_may_begin_with_an_earlier_step(base):
 def test_without_run_json_the_weights_to_begin_with_are_read_again(base, tmp_path):
     """A workdir with checkpoints whose run.json is gone has no record of them."""
     shutil.copytree(base / "run", tmp_path / "run")
-    begins = config.Train(init_from=str(base / "run"))
-    run = config.Run(train=begins)
+    run = config.Run(train=config.Train(init_from=str(base / "run")))
+
+    def begins():
+        return warm_start.pinned(run, lambda: warm_start.recorded(tmp_path / "run"))
+
     (tmp_path / "run/run.json").unlink()
-    found = warm_start.pinned(run, tmp_path / "run").train
+    found = begins().train
     assert (found.init_step, found.init_checksum) == (4, native.identity(base / "run"))
     session.check_same(tmp_path / "run", run)
-    recorded = dataclasses.replace(begins, init_step=2, init_checksum="0123")
+    recorded = dataclasses.replace(run.train, init_step=2, init_checksum="0123")
     said = config.to_dict(dataclasses.replace(run, train=recorded))
     (tmp_path / "run/run.json").write_text(json.dumps(said))
-    assert warm_start.pinned(run, tmp_path / "run").train == recorded
+    assert begins().train == recorded
     shutil.rmtree(tmp_path / "run/checkpoints")
-    assert warm_start.pinned(run, tmp_path / "run").train == found, "nothing was trained"
+    assert begins().train == found, "nothing was trained"
+
+
+PAGE = """
+import json
+from llama_jax import config
+from llama_jax.study import schema
+
+def get_config():
+    run = config.edit(config.from_dict(json.loads({run!r})))
+    run.train.init_from = {base!r}
+    trained = {{"all": {{}}, "attention": {{"optim": {{"train": ("*/attention/*",)}}}}}}
+    return schema.edit(run, {{"trained": trained}}, {{}}, seeds=1, rows=16)
+"""
+
+
+def test_the_runs_of_a_study_begin_with_one_checkpoint(base, tmp_path):
+    """Those that are begun after the base has trained on, too."""
+    growing, workdir = tmp_path / "growing", tmp_path / "study"
+    shutil.copytree(base / "run", growing)
+    page = PAGE.format(run=(base / "run/run.json").read_text(), base=str(growing))
+    (tmp_path / "page.py").write_text(page)
+    study = [f"--config={tmp_path}/page.py", f"--workdir={workdir}"]
+    done = helpers.run("ablate", *study, "--only=attention-seed0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    shutil.copytree(growing / "checkpoints/2", growing / "checkpoints/6")
+    done = helpers.run("ablate", *study)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("all-seed0", "attention-seed0"):
+        recorded = json.loads((workdir / f"runs/{name}/run.json").read_text())["train"]
+        assert (recorded["init_from"], recorded["init_step"]) == (str(growing), 4)
+        assert rows(workdir / "runs" / name)[0]["loss"] < rows(base / "run")[-1]["loss"] + 0.3
+    shutil.rmtree(growing)
+    assert helpers.run("ablate", *study, "--report-only").returncode == 0

@@ -107,6 +107,32 @@ def test_what_cannot_be_is_refused_before_the_first_run(axes, settings, message)
         grid.cells(study(axes, **settings))
 
 
+def begins(axes):
+    page = research_300k.get_config()
+    page.train.init_from = "base"
+    return grid.cells(schema.freeze(schema.edit(page, axes, {})))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"model": {"ffn_dim": 168}},
+            r"x cannot begin with the weights of train.init_from: groups/self_0/ffn/down: "
+            r"float32\[4,160,64\] -> float32\[4,168,64\]; choose among",
+        ),
+        ({"model": {"norm": "layer"}}, r"init_from: groups/self_0/attention_norm/bias: .* is new"),
+        (
+            {"train": {"init_from": "x"}},
+            r"train.init_from cannot be a choice: all cells begin alike",
+        ),
+    ],
+)
+def test_the_cells_of_a_study_begin_with_the_same_weights(settings, message):
+    with pytest.raises(ValueError, match=message):
+        begins({"axis": {"own": {}, "x": settings}})
+
+
 def test_rows_are_blocks_of_every_source_alike():
     """So that the mean over rows, from which intervals come, is the mean over sources."""
     page = research_300k.get_config()
