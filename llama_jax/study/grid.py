@@ -20,7 +20,7 @@ class Cell(NamedTuple):
     name: str  # "alibi+gelu"
     choices: dict[str, str]  # axis -> choice
     run: config.Run
-    parameters: int
+    parameters: int  # frozen ones included
     flops_per_token: int
 
 
@@ -170,8 +170,8 @@ def _described(cell: Cell, run: config.Run) -> Cell:
     made = program.build(run, layout)
     return cell._replace(
         run=run,
-        parameters=tree.count(made.state.params),
-        flops_per_token=flops.per_token(made.module, run.data.seq_len),
+        parameters=tree.count((made.state.params, made.frozen)),
+        flops_per_token=flops.per_token(made.module, run.data.seq_len, tree.paths(made.frozen)),
     )
 
 

@@ -113,6 +113,15 @@ def begins(axes):
     return grid.cells(schema.freeze(schema.edit(page, axes, {})))
 
 
+def test_frozen_parameters_are_counted_and_take_fewer_flops():
+    axes = {"trained": {"all": {}, "ffn": {"optim": {"train": ("*/ffn/*",)}}}}
+    whole, part = begins(axes)
+    assert part.parameters == whole.parameters
+    model = whole.run.model
+    others = model.layers * 4 * model.dim**2 + model.dim * model.vocab_size
+    assert whole.flops_per_token - part.flops_per_token == 2 * others
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
