@@ -35,6 +35,7 @@ from llama_jax.run.loading import (
     settings,
     with_draft,
 )
+from llama_jax.tokenizer import base
 
 CHECKPOINT = cli.define_path("checkpoint", None, "Folder of the model.", required=True)
 PROMPT = flags.DEFINE_string("prompt", None, "The text to continue.")
@@ -122,6 +123,7 @@ def describe(folder: Path, step: int) -> dict:
         **{f"model.{name}": value for name, value in config.to_dict(model).items()},
         f"{folder}: context": context,
         f"{folder}: tokenizer": tokenizer.fingerprint,
+        **{f"{folder}: tokenizer.{name}": of for name, of in base.named(tokenizer).items()},
         f"{folder}: parameters": native.identity(folder, step),
     }
 

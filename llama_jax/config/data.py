@@ -9,7 +9,8 @@ from llama_jax.config.rules import choose, local, positive
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
     """kind byte: 256 bytes and specials. sp: SentencePiece. bpe: tiktoken ranks of Llama 3. json: any
-    tokenizer.json of Hugging Face, by the `tokenizers` library.
+    tokenizer.json of Hugging Face, by the `tokenizers` library. folder: that of a converted model or of a
+    run's workdir, with the tokens that the checkpoint adds to it.
 
     sp with an empty path trains one with LLaMA's settings on the training text, vocabulary
     `model.vocab_size`, and keeps it beside the rows.
@@ -19,17 +20,20 @@ class Tokenizer:
     path: str = where("")
 
     def __post_init__(self):
-        choose(("byte", "sp", "bpe", "json"), self.kind, "data.tokenizer.kind")
+        choose(("byte", "sp", "bpe", "json", "folder"), self.kind, "data.tokenizer.kind")
         local(self, "data.tokenizer", "path")
         if self.kind == "byte" and self.path:
             raise ValueError(
                 f"data.tokenizer.path={self.path!r} has no effect on kind 'byte'; set kind 'sp' or 'bpe'"
             )
-        if self.kind in ("bpe", "json") and not self.path:
-            file = {"bpe": "ranks file (Llama 3's tokenizer.model)", "json": "tokenizer.json"}[
-                self.kind
-            ]
-            raise ValueError(f"data.tokenizer.path='' must name the {file} of kind {self.kind!r}")
+        needed = {
+            "bpe": "ranks file (Llama 3's tokenizer.model)",
+            "json": "tokenizer.json",
+            "folder": "converted model or the workdir of a run",
+        }
+        if self.kind in needed and not self.path:
+            what = needed[self.kind]
+            raise ValueError(f"data.tokenizer.path='' must name the {what} of kind {self.kind!r}")
 
 
 @dataclasses.dataclass(frozen=True)

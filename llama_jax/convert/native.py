@@ -2,7 +2,8 @@
 
 A model's folder holds `model.json` (settings, tokenizer, where it came from), `params` (an Orbax checkpoint
 of the parameter tree, layers stacked, arrays in pieces of at most BLOCK_BYTES so that a host reads only what
-its devices hold), the tokenizer's file, and `huggingface/` when small files came with it.
+its devices hold), the tokenizer's file, and `huggingface/` when small files came with it. A run that began
+with such a model has these files in its workdir, too.
 """
 
 import contextlib
@@ -27,11 +28,11 @@ from llama_jax.convert.source import Source, Tokenizer, tokenizer_of
 from llama_jax.model import transformer
 from llama_jax.model.quantised import Quantised, check_blocks, spread
 from llama_jax.model.transformer import Transformer
-from llama_jax.tokenizer.added import NONE, Additions
-from llama_jax.tokenizer.special import AddedToken
+from llama_jax.tokenizer import in_folder
+from llama_jax.tokenizer.added import NONE
 
-MODEL, PARAMS, TOKENIZER, CARRIED = "model.json", "params", "tokenizer.model", "huggingface"
-QUANT, ADDITIONS = "quant", "tokenizer_additions"  # of model.json
+MODEL, PARAMS, TOKENIZER, CARRIED = in_folder.MODEL, "params", in_folder.FILE, "huggingface"
+QUANT, ADDITIONS = "quant", in_folder.OF_MODEL  # of model.json
 _TOKENIZERS = ("byte", "sp", "bpe", "json", "none")
 
 
@@ -59,22 +60,17 @@ def settings(folder: Path) -> tuple[config.Model, int, Tokenizer | None]:
             model = config.from_dict(said["model"], config.Model, "model")
             context = json_file.value(said, "context", int, folder / MODEL)
             bytewise = config.choose(_TOKENIZERS, said["tokenizer"], "tokenizer") == "byte"
-            additions = _additions(said[ADDITIONS]) if ADDITIONS in said else NONE
         else:
-            run, additions = config.from_dict(json_file.read(folder / "run.json")), NONE
+            run = config.from_dict(json_file.read(folder / "run.json"))
             model = run.model
             context, bytewise = run.data.seq_len, run.data.tokenizer.kind == "byte"
+        additions = in_folder.additions(str(folder))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder}: its settings cannot be read ({error})") from error
     if (folder / TOKENIZER).is_file():
         own = tokenizer_of((folder / TOKENIZER).read_bytes())
         return model, context, dataclasses.replace(own, additions=additions)
     return model, context, Tokenizer("byte") if bytewise else None
-
-
-def _additions(said: dict[str, Any]) -> Additions:
-    tokens = tuple(AddedToken(**token) for token in said["tokens"])
-    return Additions(**{**said, "tokens": tokens})
 
 
 def description(
@@ -84,7 +80,7 @@ def description(
     kind = tokenizer.kind if tokenizer else "none"
     added = {}
     if tokenizer and tokenizer.additions != NONE:
-        added = {ADDITIONS: dataclasses.asdict(tokenizer.additions)}
+        added = {ADDITIONS: in_folder.to_dict(tokenizer.additions)}
     return {
         "model": config.to_dict(model), "context": context, "tokenizer": kind, **added, "from": origin,
     }  # fmt: skip
@@ -215,7 +211,6 @@ def open_folder(folder: Path, tokenizer: Tokenizer | None) -> Source:
                 f"say {list(shape)}"
             )
     place, _ = _place(folder, step)
-    carried = (folder / CARRIED).glob("*") if (folder / CARRIED).is_dir() else ()
     return Source(
         "native",
         model,
@@ -225,9 +220,15 @@ def open_folder(folder: Path, tokenizer: Tokenizer | None) -> Source:
         lambda unit: place,
         (_said(folder), *sorted(file for file in place.rglob("*") if file.is_file())),
         tokenizer or own,
-        carried={file.name: file.read_bytes() for file in carried},
+        carried=carried_files(folder),
         notes=(f"the parameters in {place}",),
     )
+
+
+def carried_files(folder: Path) -> dict[str, bytes]:
+    """Hugging Face's small files that came with a model, by name."""
+    carried = sorted((folder / CARRIED).glob("*")) if (folder / CARRIED).is_dir() else ()
+    return {file.name: file.read_bytes() for file in carried}
 
 
 def _read(model: config.Model, arrays, unit: Unit, start: int, stop: int) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 
 from llama_jax import config
 from llama_jax.convert.names import Unit
-from llama_jax.tokenizer import base
+from llama_jax.tokenizer import base, in_folder
 from llama_jax.tokenizer.added import NONE, Additions
 
 
@@ -62,10 +61,8 @@ def compute_dtype(dtypes: dict[str, np.dtype]) -> str:
 
 
 def tokenizer_of(content: bytes) -> Tokenizer:
-    """The tokenizer in a file: ranks are lines of text, tokenizer.json is JSON, SentencePiece is neither."""
-    if content[:1] == b"{":
-        return Tokenizer("json", content)
-    return Tokenizer("bpe" if re.match(rb"[A-Za-z0-9+/=]+ \d+\r?\n", content) else "sp", content)
+    """The tokenizer in a file."""
+    return Tokenizer(in_folder.kind_of(content), content)
 
 
 @contextlib.contextmanager

@@ -17,12 +17,13 @@ import numpy as np
 from llama_jax import config
 from llama_jax.data import pack, rows, source
 from llama_jax.data.documents import Piece
-from llama_jax.tokenizer import base, sp
+from llama_jax.tokenizer import base, in_folder, sp
+from llama_jax.tokenizer.added import NONE, Additions
 from llama_jax.tokenizer.base import Tokenizer
 
 FORMAT = 2  # of the rows; raise it when the same text gives other rows
 CHUNK_CHARS = 1 << 22  # tokenised at a time
-MODEL_FILE = "tokenizer.model"  # beside the rows
+MODEL_FILE = in_folder.FILE  # beside the rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Corpus:
 @dataclasses.dataclass(frozen=True)
 class Prepared:
     tokenizer: Tokenizer
-    tokenizer_config: config.Tokenizer  # loads the same tokenizer again, from beside the rows
+    tokenizer_config: config.Tokenizer  # loads it again, from beside the rows, with the additions
+    additions: Additions  # of a checkpoint
     sources: tuple[Corpus, ...]
     fingerprint: str  # of every source's rows
 
@@ -72,31 +74,43 @@ def prepare(data: config.Data, vocab_size: int, report: Callable[[str], None] = 
         if s.kind != "rows"
     ]
     choice = _tokenizer(data, texts, list(stores.values()), vocab_size, cache, report)
-    tokenizer = base.load(choice)
-    if tokenizer.vocab_size != vocab_size:
+    file, additions = choice, NONE
+    if choice.kind == "folder":
+        file, additions = in_folder.read(choice.path)
+    tokenizer = base.load(file, additions)
+    # A checkpoint's embedding may have more rows than its tokenizer has tokens.
+    fits = tokenizer.vocab_size <= vocab_size and choice.kind == "folder"
+    if tokenizer.vocab_size != vocab_size and not fits:
         raise ValueError(
             f"model.vocab_size={vocab_size} but the tokenizer ({choice.path or choice.kind}) has "
-            f"{tokenizer.vocab_size} tokens; set model.vocab_size={tokenizer.vocab_size}"
+            f"{tokenizer.vocab_size} tokens; set model.vocab_size={tokenizer.vocab_size}, or, to begin with "
+            "a model that has more, data.tokenizer.kind='folder' and data.tokenizer.path to its folder"
         )
     for name, store in stores.items():
-        if store.meta.tokenizer != tokenizer.fingerprint:
+        if store.meta.tokenizer != tokenizer.fingerprint or (
+            in_folder.additions(store.folder) != additions
+            and _ends(base.load(_beside(store))) != _ends(tokenizer)
+        ):
             raise ValueError(
                 f"data.sources.{name}.path={store.folder!r} was made with another tokenizer "
                 f"({store.meta.tokenizer_kind}, {store.meta.vocab_size} tokens) than "
                 f"{choice.path or choice.kind}; set data.tokenizer.kind="
-                f"{store.meta.tokenizer_kind!r} and data.tokenizer.path={_model_path(store)!r}"
+                f"{_beside(store).kind!r} and data.tokenizer.path={_beside(store).path!r}"
             )
     for text in texts:
-        stores[text.name] = _rows(text, data, tokenizer, choice, cache, report)
+        stores[text.name] = _rows(text, data, tokenizer, file, additions, cache, report)
     corpora = tuple(Corpus(s.name, s.weight, stores[s.name]) for s in data.sources)
     identity = [[c.name, _identity(c.store.meta)] for c in corpora]
+    if additions != NONE:
+        identity.append(in_folder.to_dict(additions))
     first = corpora[0].store
-    return Prepared(
-        tokenizer,
-        config.Tokenizer(first.meta.tokenizer_kind, _model_path(first)),
-        corpora,
-        _sha(identity),
-    )
+    beside = config.Tokenizer(first.meta.tokenizer_kind, _model_path(first))
+    return Prepared(tokenizer, beside, additions, corpora, _sha(identity))
+
+
+def _ends(tokenizer: Tokenizer) -> tuple[int, int, int]:
+    """What rows hold besides texts. The fingerprint is of texts alone."""
+    return tokenizer.bos, tokenizer.eos, tokenizer.pad
 
 
 def training_lines(texts: list[source.Text]) -> Iterator[str]:
@@ -144,7 +158,7 @@ def _tokenizer(
     if data.tokenizer.kind != "sp" or data.tokenizer.path:
         return data.tokenizer
     if stores:
-        return config.Tokenizer(stores[0].meta.tokenizer_kind, _model_path(stores[0]))
+        return _beside(stores[0])
     key = _sha([FORMAT, [t.fingerprint for t in texts], data.validation_fraction, vocab_size])
     path = os.path.join(cache, "tokenizers", key[:32] + ".model")
     if not os.path.exists(path):
@@ -156,19 +170,26 @@ def _tokenizer(
     return config.Tokenizer("sp", path)
 
 
-def _rows(text: source.Text, data: config.Data, tokenizer, choice, cache, report) -> rows.Store:
+def _rows(
+    text: source.Text, data: config.Data, tokenizer, file, additions: Additions, cache, report
+) -> rows.Store:
     recipe = [data.packing, data.seq_len, data.validation_fraction]
+    if additions != NONE:  # the fingerprint says nothing of special ones
+        recipe.append(in_folder.to_dict(additions))
     key = _sha([FORMAT, text.fingerprint, tokenizer.fingerprint, *recipe])
     final = os.path.join(cache, "rows", key[:32])
     if not os.path.exists(final):
         report(f"{text.name}: tokenising and packing into rows of {data.seq_len} tokens")
         with rows.folder(final) as folder:
-            _build(folder, text, data, tokenizer, choice, report)
+            _build(folder, text, data, tokenizer, file, report)
+            if additions != NONE:
+                with open(os.path.join(folder, in_folder.ADDITIONS), "w") as opened:
+                    json.dump(in_folder.to_dict(additions), opened)
         report(f"{text.name}: wrote {final}")
     return rows.load(final)
 
 
-def _build(folder: str, text: source.Text, data: config.Data, tokenizer, choice, report) -> None:
+def _build(folder: str, text: source.Text, data: config.Data, tokenizer, file, report) -> None:
     import tqdm
 
     splits, shards = {}, {}
@@ -203,13 +224,13 @@ def _build(folder: str, text: source.Text, data: config.Data, tokenizer, choice,
                 f"{tokenised.tokens} tokens in {splits[split].rows} rows; "
                 f"{dropped} tokens dropped at the end, {padding} of padding{empty}"
             )
-    if choice.path:
-        shutil.copyfile(os.path.expanduser(choice.path), os.path.join(folder, MODEL_FILE))
+    if file.path:
+        shutil.copyfile(os.path.expanduser(file.path), os.path.join(folder, MODEL_FILE))
     meta = rows.Meta(
         seq_len=data.seq_len,
         packing=data.packing,
         vocab_size=tokenizer.vocab_size,
-        tokenizer_kind=choice.kind,
+        tokenizer_kind=file.kind,
         tokenizer=tokenizer.fingerprint,
         bos=tokenizer.bos,
         text=text.fingerprint,
@@ -285,6 +306,13 @@ def _too_short(name: str, split: str, tokenised: _Tokenised, data: config.Data) 
         f"{tokenised.tokens} tokens, and data.seq_len={data.seq_len} needs at least "
         f"{data.seq_len + 1} for one row; {advice}"
     )
+
+
+def _beside(store: rows.Store) -> config.Tokenizer:
+    """The tokenizer that rows were made with."""
+    if in_folder.additions(store.folder) != NONE:
+        return config.Tokenizer("folder", store.folder)
+    return config.Tokenizer(store.meta.tokenizer_kind, _model_path(store))
 
 
 def _model_path(store: rows.Store) -> str:

@@ -17,7 +17,7 @@ from llama_jax.decode.engine import Engine
 from llama_jax.decode.speculative import Speculative
 from llama_jax.model import transformer
 from llama_jax.model.transformer import Transformer
-from llama_jax.tokenizer import forms
+from llama_jax.tokenizer import base, forms
 from llama_jax.tokenizer.base import Tokenizer
 
 
@@ -78,7 +78,8 @@ def end_tokens(folder: Path, tokenizer: Tokenizer, named: Sequence[str]) -> froz
 
 def identity(folder: Path, model: config.Model, tokenizer: Tokenizer, step: int) -> str:
     """A text that other weights, settings or another tokenizer do not have."""
-    said = [native.identity(folder, step), config.to_dict(model), tokenizer.fingerprint]
+    of_tokens = [tokenizer.fingerprint, base.named(tokenizer)]
+    said = [native.identity(folder, step), config.to_dict(model), *of_tokens]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 

@@ -1,14 +1,16 @@
 """One run in its workdir: started or gone on with, trained, recorded.
 
 A workdir holds run.json (the config), tokenizer.model, checkpoints/, metrics.jsonl, tensorboard/, audit.jsonl
-when asked, and at the end runcard.json and runcard.md; lease.json while a process trains in it (lease.py). On
-several hosts the first one writes.
+when asked, and at the end runcard.json and runcard.md; lease.json while a process trains in it (lease.py);
+tokenizer_additions.json and huggingface/ where it began with a model that had them. On several hosts the
+first one writes.
 """
 
 import contextlib
 import functools
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +26,8 @@ from llama_jax.data import iterator, mixture, prepare
 from llama_jax.interrupt import Interrupt
 from llama_jax.run import hosts, provenance, warm_start
 from llama_jax.run.lease import Held, Lease
+from llama_jax.tokenizer import in_folder
+from llama_jax.tokenizer.added import NONE
 from llama_jax.train import checkpoint, loop, metrics, optim
 from llama_jax.train import program as programs
 from llama_jax.train import state as train_state
@@ -237,7 +241,7 @@ def train(
         frozen = hosts.together(lambda: warm_start.weights(run, program, trained=False))
     state, before = start(run, program, checkpoints, prepared, record["order"])
     first = int(state.step)
-    hosts.together(lambda: describe(workdir, record["run"], prepared) if hosts.first() else None)
+    hosts.together(lambda: describe(workdir, run, prepared, first == 0) if hosts.first() else None)
 
     console = make_console(first, run.train.steps)
     writers, boards, audit = [], [], None
@@ -313,11 +317,21 @@ def row_of(workdir: Path, step: int) -> metrics.Row:
     return next((row for row in rows if row["step"] == step), {})
 
 
-def describe(workdir: Path, run: dict[str, Any], prepared: prepare.Prepared) -> None:
-    """Write what says how to read the run's checkpoints: its settings and its tokenizer."""
-    files.write(workdir / "run.json", json.dumps(run, indent=2) + "\n")
+def describe(workdir: Path, run: config.Run, prepared: prepare.Prepared, begins: bool) -> None:
+    """Write what says how to read the run's checkpoints: its settings, its tokenizer, and, when it begins
+    with a model that came with Hugging Face's small files, these."""
+    files.write(workdir / "run.json", json.dumps(config.to_dict(run), indent=2) + "\n")
     if path := prepared.tokenizer_config.path:
         files.write(workdir / native.TOKENIZER, Path(path).read_bytes())
+    (workdir / in_folder.ADDITIONS).unlink(missing_ok=True)
+    if prepared.additions != NONE:
+        said = json.dumps(in_folder.to_dict(prepared.additions), indent=2) + "\n"
+        files.write(workdir / in_folder.ADDITIONS, said)
+    if begins and run.train.init_from:
+        shutil.rmtree(workdir / native.CARRIED, ignore_errors=True)  # of a start from another model
+        for name, content in native.carried_files(Path(run.train.init_from)).items():
+            (workdir / native.CARRIED).mkdir(exist_ok=True)
+            files.write(workdir / native.CARRIED / name, content)
 
 
 def start(run, program, checkpoints, prepared, order: str) -> tuple[Any, loop.Progress]:

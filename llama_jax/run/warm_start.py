@@ -10,6 +10,8 @@ from llama_jax import config, files, tree
 from llama_jax.convert import formats, native
 from llama_jax.data import prepare
 from llama_jax.run import hosts
+from llama_jax.tokenizer import base
+from llama_jax.tokenizer.base import Tokenizer
 from llama_jax.train.program import Program
 
 
@@ -22,13 +24,13 @@ def pinned(run: config.Run, recorded: Callable[[], config.Train | None]) -> conf
     """
     if not run.train.init_from:
         return run
-    base = Path(run.train.init_from).expanduser().absolute()
-    begins = dataclasses.replace(run.train, init_from=str(base))
+    folder = Path(run.train.init_from).expanduser().absolute()
+    begins = dataclasses.replace(run.train, init_from=str(folder))
     old = hosts.together(recorded)
     old = old if old and old.init_from else None
 
     def step() -> int:
-        return begins.init_step or (old.init_step if old else _newest(base))
+        return begins.init_step or (old.init_step if old else _newest(folder))
 
     chosen = hosts.first_says(hosts.together(step if hosts.first() else lambda: 0))
     begins = dataclasses.replace(begins, init_step=chosen)
@@ -51,12 +53,12 @@ def _on_record(old: config.Train | None, begins: config.Train) -> str:
     return old.init_checksum if begins.init_checksum in ("", old.init_checksum) else ""
 
 
-def _newest(base: Path) -> int:
+def _newest(folder: Path) -> int:
     try:
-        formats.check_native(base)
-        return native.newest(base)
+        formats.check_native(folder)
+        return native.newest(folder)
     except ValueError as error:
-        raise ValueError(f"train.init_from={base}: {error}") from error
+        raise ValueError(f"train.init_from={folder}: {error}") from error
 
 
 def check(run: config.Run, program: Program, prepared: prepare.Prepared) -> None:
@@ -70,19 +72,35 @@ def check(run: config.Run, program: Program, prepared: prepare.Prepared) -> None
             f"train.init_from={folder} holds quantised weights; give the folder that they were made from"
         )
     model, _, file = native.settings(folder)
-    if file and (found := file.load().fingerprint) != prepared.tokenizer.fingerprint:
-        raise ValueError(
-            f"train.init_from={folder} was trained on tokens of {found}, and data.tokenizer is "
-            f"{prepared.tokenizer.fingerprint}; set data.tokenizer to the one in {folder}"
+    if file and (differs := _differing(file.load(), prepared.tokenizer)):
+        use = (
+            "'byte'" if file.kind == "byte" else f"'folder' and data.tokenizer.path={str(folder)!r}"
         )
-    base = dataclasses.replace(run, model=model)
-    for line in config.diff(base, run, essential=True):
+        raise ValueError(
+            f"train.init_from={folder} has another tokenizer than data.tokenizer: {differs}; set "
+            f"data.tokenizer.kind={use}"
+        )
+    begun = dataclasses.replace(run, model=model)
+    for line in config.diff(begun, run, essential=True):
         print(f"train.init_from has other settings: {line}")
     if program.frozen and run.train.init_step:
         print(
             f"the frozen parameters stay in checkpoint {run.train.init_step} of {folder}: keep it; a run "
             "that goes on there removes all but its newest checkpoints (checkpoint.keep)"
         )
+
+
+def _differing(theirs: Tokenizer, ours: Tokenizer) -> str:
+    """What differs between two tokenizers; "" if nothing does."""
+    if theirs.fingerprint != ours.fingerprint:
+        return "it gives texts other ids"
+    of_theirs, of_ours = base.named(theirs), base.named(ours)
+    differing = [name for name in of_theirs if of_theirs[name] != of_ours[name]]
+    if not differing:
+        return ""
+    names = sorted({name for name, _ in theirs.special.items() ^ ours.special.items()})
+    few = f" ({', '.join(names[:4])}{', ...' if names[4:] else ''})" if names else ""
+    return f"other {', '.join(differing)}{few}"
 
 
 def weights(run: config.Run, program: Program, trained: bool) -> Any:

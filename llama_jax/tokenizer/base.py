@@ -1,12 +1,13 @@
 """What a tokenizer is, and how to load the one that a run names."""
 
+import os
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from llama_jax import config
-from llama_jax.tokenizer import bpe, byte, hf_json, sp
+from llama_jax.tokenizer import bpe, byte, hf_json, in_folder, sp
 from llama_jax.tokenizer.added import NONE, Additions, Extended
 
 
@@ -69,11 +70,24 @@ def byte_counts(tokenizer: Tokenizer) -> np.ndarray:
     return counts_2V
 
 
+def named(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the fingerprint leaves out: begin, end and padding, what a prompt begins with, tokens by name."""
+    ends = {name: getattr(tokenizer, name) for name in ("bos", "eos", "pad")}
+    return {**ends, "prefix": list(tokenizer.prefix), "special": tokenizer.special}
+
+
 def load(tokenizer: config.Tokenizer, additions: Additions = NONE) -> Tokenizer:
     """The tokenizer that the config names, with what a checkpoint adds to it.
 
-    ValueError on a file that is missing or is not one.
+    Kind "folder" has its own additions. ValueError on a file that is missing or is not one.
     """
+    if tokenizer.kind == "folder":
+        tokenizer, additions = in_folder.read(tokenizer.path)
+    elif os.path.isdir(os.path.expanduser(tokenizer.path)) and tokenizer.path:
+        raise ValueError(
+            f"data.tokenizer.path={tokenizer.path!r} is a folder; set data.tokenizer.kind='folder' for the "
+            "tokenizer of the model in it, or name a file"
+        )
     own = config.choose(KINDS, tokenizer.kind, "data.tokenizer.kind")(tokenizer.path)
     return own if additions == NONE else Extended(own, additions)
 

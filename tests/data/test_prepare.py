@@ -11,7 +11,10 @@ import pytest
 
 from llama_jax import config
 from llama_jax.data import prepare, rows, source
-from llama_jax.tokenizer import base
+from llama_jax.tokenizer import base, in_folder
+from llama_jax.tokenizer.added import Additions
+from llama_jax.tokenizer.special import AddedToken
+from tests.convert import small
 from tests.data.small import data_of, files, quiet, write_texts
 
 
@@ -119,6 +122,38 @@ def test_a_tokenizer_is_trained_on_the_training_split_kept_beside_the_rows_and_r
     )
     with pytest.raises(ValueError, match=message):
         prepare.prepare(given, 291, quiet)
+
+
+def test_rows_have_the_tokens_that_a_checkpoint_adds(tmp_path):
+    """Special ones, which no text has, change the fingerprint of the rows and not that of the tokenizer."""
+    text = files(write_texts(tmp_path / "t", 30))
+
+    def prepared(name, additions, vocab_size=300, sources=(text,)):
+        place = tmp_path / name
+        place.mkdir(exist_ok=True)
+        (place / "tokenizer.model").write_bytes(small.sentencepiece(259))
+        said = {} if additions is None else {"tokenizer_additions": in_folder.to_dict(additions)}
+        (place / "model.json").write_text(json.dumps(said))
+        data = data_of(tmp_path, *sources, tokenizer=config.Tokenizer("folder", str(place)))
+        return prepare.prepare(data, vocab_size, quiet)
+
+    end = Additions((AddedToken(270, "<|im_end|>"),), eos=270)
+    plain, other = prepared("plain", None), prepared("other", end)
+    assert plain.tokenizer.fingerprint == other.tokenizer.fingerprint
+    assert plain.fingerprint != other.fingerprint
+    ids = [set(one.sources[0].store.train.read(range(20))[0].ravel()) for one in (plain, other)]
+    assert [(2 in of, 270 in of) for of in ids] == [(True, False), (False, True)]
+    store = other.sources[0].store.folder
+    made = config.Source("corpus", "rows", store)
+    given = data_of(tmp_path, made, tokenizer=config.Tokenizer())
+    assert prepare.prepare(given, 300, quiet).tokenizer.eos == 270
+    with pytest.raises(ValueError, match=rf"kind='folder' and data.tokenizer.path='{store}'"):
+        prepared("plain", None, sources=(made,))
+    with pytest.raises(ValueError, match=r"set model.vocab_size=271"):
+        prepared("other", end, vocab_size=270)
+    found = Additions((AddedToken(271, "norm", special=False),))
+    third = prepared("third", found)
+    assert 271 in set(third.sources[0].store.train.read(range(20))[0].ravel())
 
 
 def test_a_vocabulary_that_differs_from_the_tokenizers_is_refused(tmp_path):

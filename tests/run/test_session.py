@@ -12,6 +12,7 @@ from llama_jax.data import iterator
 from llama_jax.interrupt import Interrupt
 from llama_jax.run import hosts, session
 from llama_jax.run import lease as lease_module
+from llama_jax.tokenizer.added import NONE
 from llama_jax.train import checkpoint, loop, metrics
 from llama_jax.train.objective import Sums
 
@@ -71,7 +72,7 @@ def play(monkeypatch, tmp_path, run_loop, checkpoints, first=0):
         ),
     )
     console = SimpleNamespace(close=lambda: None, write=lambda _: None)
-    prepared = SimpleNamespace(tokenizer_config=config.Tokenizer("byte"))
+    prepared = SimpleNamespace(tokenizer_config=config.Tokenizer("byte"), additions=NONE)
     with Interrupt() as interrupt, session.holding(tmp_path, RUN) as lease:
         return session.train(
             RUN, tmp_path, lease, machine, prepared, interrupt, lambda first, steps: console

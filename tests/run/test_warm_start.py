@@ -3,15 +3,24 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
 from llama_jax import config, sharding, tree
-from llama_jax.convert import native
+from llama_jax.convert import compare, formats, native
+from llama_jax.convert.source import Tokenizer as TokenizerFile
 from llama_jax.model import transformer
 from llama_jax.run import session, warm_start
+from llama_jax.run.loading import form_of, load
+from llama_jax.tokenizer import base as tokenizers
+from llama_jax.tokenizer import messages
+from llama_jax.tokenizer.added import Additions
+from llama_jax.tokenizer.special import AddedToken
+from tests.convert import small
 from tests.experiments import helpers
 
 STEPS = "--config.train.steps=4"
@@ -247,3 +256,94 @@ def test_the_runs_of_a_study_begin_with_one_checkpoint(base, tmp_path):
         assert rows(workdir / "runs" / name)[0]["loss"] < rows(base / "run")[-1]["loss"] + 0.3
     shutil.rmtree(growing)
     assert helpers.run("ablate", *study, "--report-only").returncode == 0
+
+
+ADDED = {
+    "added_tokens_decoder": {
+        "270": {"content": "<|im_end|>", "special": True},
+        "271": {"content": "<think>", "special": False, "normalized": False},
+    },
+    "eos_token": "<|im_end|>",
+    "tokenizer_class": "LlamaTokenizer",
+    "chat_template": "{% for m in messages %}<think>{{ m.content }}<|im_end|>{% endfor %}",
+}
+SHAPES = [
+    "--config.model.heads=6", "--config.model.kv_heads=2", "--config.model.head_dim=4",
+    "--config.model.ffn_dim=20", "--config.model.vocab_size=300", "--config.model.norm_eps=1e-5",
+    "--config.optim.train=('*/attention/*', 'D')",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tuned(base):
+    """A model of 300 ids in bfloat16, whose tokenizer has 272, two of them added; a part of it is trained."""
+    model = dataclasses.replace(small.MODEL, vocab_size=300)
+    tensors = small.state(model, ml_dtypes.bfloat16)
+    came = small.hf(base / "came", {k: v / 8 for k, v in tensors.items()}, vocab_size=300)
+    (came / "tokenizer.model").write_bytes(small.sentencepiece(259))
+    (came / "tokenizer_config.json").write_text(json.dumps(ADDED))
+    (came / "generation_config.json").write_text(json.dumps({"eos_token_id": [270, 9]}))
+    converted = base / "converted"
+    small.convert(came, converted, "native")
+    begins = [*SHAPES, f"--config.train.init_from={converted}"]
+    begins += ["--config.data.tokenizer.kind=folder", f"--config.data.tokenizer.path={converted}"]
+    done = train(base, "tuned", *begins)
+    assert done.returncode == 0, done.stderr
+    return came, base / "tuned"
+
+
+def test_a_models_tokens_and_chat_files_go_along_into_a_run_and_out_of_it(tuned, tmp_path):
+    came, run = tuned
+    loaded = load(run, config.Decode(), config.Mesh(fsdp=1, data=-1))
+    assert loaded.tokenizer.encode("<think><|im_end|>", special=True) == [271, 270]
+    assert loaded.ends == {270, 9}
+    said = messages.read([{"role": "user", "content": "w1"}])
+    assert form_of(loaded, None).write(said, ())[-1] == 270
+    small.convert(run, tmp_path / "out", "hf")
+    for name in ("tokenizer.model", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (came / name).read_bytes()
+
+
+def test_arrays_leave_a_partial_run_in_the_dtypes_in_which_they_are_stored(tuned, tmp_path):
+    """Trained ones in float32, the others as they came: nothing is lost. Hugging Face is told the wider."""
+    came, run = tuned
+    ours = formats.open_checkpoint(run, "", "")
+    theirs = small.tensors(formats.open_checkpoint(came, "", ""))
+    for kind in ("hf", "native", "meta"):
+        made = small.convert(run, tmp_path / kind, kind)
+        assert compare.sources(ours, made, lambda _: None) == len(theirs)
+        for name, tensor in small.tensors(made).items():
+            trained = "self_attn" in name or "norm" in name
+            assert tensor.dtype.name == ("float32" if trained else "bfloat16"), name
+            assert (tensor == theirs[name]).all() == (not trained), name
+    said = json.loads((tmp_path / "hf/config.json").read_text())
+    assert said["dtype"] == said["torch_dtype"] == "float32"
+    narrow = small.convert(run, tmp_path / "narrow", "hf", np.dtype(ml_dtypes.bfloat16))
+    assert {dtype.name for dtype in narrow.dtypes.values()} == {"bfloat16"}
+    assert json.loads((tmp_path / "narrow/config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("additions", "other"),
+    [
+        (Additions(eos=1), "other eos; set"),
+        (Additions((AddedToken(7, "<|im_end|>"),)), r"other special \(<\|im_end\|>\); set"),
+        (Additions((AddedToken(7, "a", special=False),)), "it gives texts other ids; set"),
+        (Additions(adds_bos=False), "other prefix; set"),
+    ],
+)
+def test_a_tokenizer_that_lacks_what_the_model_adds_is_refused(tmp_path, additions, other):
+    """Special tokens, too, of which its fingerprint says nothing."""
+    file = TokenizerFile("sp", small.sentencepiece(48))
+    described = native.description(
+        small.MODEL, 64, dataclasses.replace(file, additions=additions), {"format": "hf"}
+    )
+    (tmp_path / "model.json").write_text(json.dumps(described))
+    (tmp_path / "tokenizer.model").write_bytes(file.content)
+    run = config.Run(model=small.MODEL, train=config.Train(init_from=str(tmp_path)))
+    program = SimpleNamespace(frozen={})
+    message = f"has another tokenizer than data.tokenizer: {other} data.tokenizer.kind='folder'"
+    with pytest.raises(ValueError, match=message):
+        warm_start.check(run, program, SimpleNamespace(tokenizer=file.load()))
+    own = tokenizers.load(config.Tokenizer("folder", str(tmp_path)))
+    warm_start.check(run, program, SimpleNamespace(tokenizer=own))
