@@ -198,6 +198,28 @@ def test_two_hosts_compute_what_one_does(played):
     assert tokens[1] == tokens[0]
 
 
+@pytest.mark.parametrize("name", ["whole", "part"])
+def test_two_hosts_begin_with_trained_weights_as_one_does(played, name):
+    """The first host says with which checkpoint; the second sees another one last."""
+    one, two = (folder / name for folder in played[:2])
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert losses(one)[1] < losses(played[0] / "runs/rms+pre-seed0")[3], "trained weights"
+    steps = [json.loads((f / "run.json").read_text())["train"]["init_step"] for f in (one, two)]
+    assert steps == [6, 6]
+
+
+def test_weights_to_begin_with_that_one_host_lacks_are_refused_by_both(played):
+    (first, second), base = played[2], played[1] / "runs/rms+pre-seed0"
+    reason = f"train.init_from={base}: {base} is no model of ours"
+    assert second["lacks"] == reason
+    assert first["lacks"] == f"host 1 could not go on: {reason}"
+    assert first["differs"] == second["differs"]
+    assert first["differs"].startswith("the hosts do not run the same; from host 0 to host 1:\n")
+    assert first["differs"].endswith(" -> 0123")
+    assert first["differs"].count("\n") == 1
+    assert "train.init_checksum: " in first["differs"]
+
+
 def test_a_signal_at_one_host_stops_both_wherever_it_comes(played):
     for seen in played[2]:
         assert seen["restoring"] == ["1"], "before the second step"

@@ -5,7 +5,10 @@ apart; process 1 gets the signals, process 0 the error. What they saw is in the 
 seen-1.json. Started alone, as one process with one device, it does the same undisturbed.
 """
 
+import contextlib
+import dataclasses
 import errno
+import functools
 import itertools
 import json
 import os
@@ -19,7 +22,8 @@ from absl import flags
 
 from experiments import ablate, cli
 from llama_jax import config, sharding
-from llama_jax.run import hosts, loading, prompt_file, session
+from llama_jax.convert import native
+from llama_jax.run import hosts, loading, prompt_file, session, warm_start
 from llama_jax.study import schema
 from llama_jax.train import metrics
 from tests.run import apart
@@ -39,6 +43,7 @@ def main() -> int:
     if jax.process_count() == 1:
         study(RUN)
         answer(workdir)
+        begin_again(workdir)
         return 0
     check_rows()
     apart.reorder(ORDER)
@@ -68,6 +73,11 @@ def main() -> int:
     seen["decoding"] = sorted(file.name for file in workdir.glob("texts*"))
     answer(workdir)
 
+    begin_again(workdir)
+    for name, function, value in (("lacks", "is_native", False), ("differs", "identity", "0123")):
+        with at_process_1(native, function, value):
+            seen[name] = refusal(lambda: begun(workdir, "refused", ("*",)))
+
     (workdir / f"seen-{jax.process_index()}.json").write_text(json.dumps(seen))
     hosts.agree(True)
     metrics.jsonl, hosts.OUTCOME_SECONDS = full_at(3), 2
@@ -88,6 +98,41 @@ def answer(workdir: Path) -> None:
     decode = config.Decode(max_new_tokens=12, rows=2, temperature=0.0)
     loaded = loading.load(workdir / "runs" / RUN, decode, config.Mesh(fsdp=jax.device_count()))
     prompt_file.run(loaded, source, workdir / "texts.jsonl", None)
+
+
+def begin_again(workdir: Path) -> None:
+    """With the weights of the study's run: all of them trained, and a part."""
+    for name, patterns in (("whole", ("*",)), ("part", ("*/attention/*",))):
+        with at_process_1(native, "newest", 2):  # it sees an older checkpoint last
+            run = begun(workdir, name, patterns)
+        folder = workdir / name
+        with session.holding(folder, run) as lease, hosts.interrupt() as interrupt:
+            prepared = session.prepare_once(run.data, run.model.vocab_size)
+            quiet = functools.partial(metrics.Console, quiet=True)
+            machine = session.Machine(run)
+            session.train(run, folder, lease, machine, prepared, interrupt, quiet)
+
+
+def begun(workdir: Path, name: str, patterns: tuple[str, ...]) -> config.Run:
+    """As experiments.train does it."""
+    base = workdir / "runs" / RUN
+    run = config.from_dict(json.loads((base / "run.json").read_text()))
+    optim = dataclasses.replace(run.optim, train=patterns)
+    train = dataclasses.replace(run.train, init_from=str(base))
+    run = dataclasses.replace(run, optim=optim, train=train)
+    run = warm_start.pinned(run, lambda: warm_start.recorded(workdir / name))
+    hosts.compare(lambda: config.flatten(run))
+    return run
+
+
+@contextlib.contextmanager
+def at_process_1(module, name: str, value):
+    """A function of the module that gives `value` there."""
+    own = getattr(module, name)
+    if jax.process_index() == 1:
+        setattr(module, name, lambda *_: value)
+    yield
+    setattr(module, name, own)
 
 
 def signalled(work):
