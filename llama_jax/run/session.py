@@ -99,7 +99,8 @@ def check_same(workdir: Path, run: config.Run) -> None:
     """ValueError if the workdir is another run's.
 
     More steps, and another end of the schedule, are the same run where no step that was made would have
-    had another learning rate.
+    had another learning rate. Without run.json nothing is compared: a new run may begin from checkpoints that
+    were taken into its workdir.
     """
     path, steps = workdir / "run.json", files.committed(workdir / "checkpoints")
     if not steps or not path.exists():

@@ -12,6 +12,7 @@ from llama_jax.data import prepare
 from llama_jax.run import hosts
 from llama_jax.tokenizer import base
 from llama_jax.tokenizer.base import Tokenizer
+from llama_jax.train import checkpoint
 from llama_jax.train.program import Program
 
 
@@ -39,11 +40,15 @@ def pinned(run: config.Run, recorded: Callable[[], config.Train | None]) -> conf
 
 
 def recorded(workdir: Path) -> config.Train | None:
-    """What a run that has checkpoints recorded of its beginning; None without."""
-    path = workdir / "run.json"
-    if not files.committed(workdir / "checkpoints") or not path.exists():
+    """What a run that has checkpoints recorded of its beginning; None without. Each checkpoint says it, too:
+    those that were taken into a new workdir, without run.json, keep the weights that they began with.
+    """
+    path, steps = workdir / "run.json", files.committed(workdir / "checkpoints")
+    if not steps:
         return None
-    return config.from_dict(json.loads(path.read_text())).train
+    if path.exists():
+        return config.from_dict(json.loads(path.read_text())).train
+    return config.from_dict(checkpoint.record(workdir / "checkpoints", steps[-1])["run"]).train
 
 
 def _on_record(old: config.Train | None, begins: config.Train) -> str:

@@ -153,7 +153,7 @@ class Checkpoints:
         return None
 
     def record(self, step: int) -> dict[str, Any]:
-        return json.loads((self.folder / str(step) / "record" / "metadata").read_text())
+        return record(self.folder, step)
 
     def _listed(self) -> list[int]:
         """Steps of complete checkpoints, newest first, as the first host sees them."""
@@ -198,6 +198,11 @@ class Checkpoints:
                 (self.folder / str(step)).rename(_free(self.folder / f"{step}.unreadable"))
         _worst(READ, "")  # the others list what is there after that
         self._manager.reload()
+
+
+def record(folder: Path, step: int) -> dict[str, Any]:
+    """What made the checkpoint of a step, in a folder `checkpoints`."""
+    return json.loads((folder / str(step) / "record" / "metadata").read_text())
 
 
 def _sums_of(record: dict[str, Any]) -> tuple[Callable[[Any], dict[str, int]], dict[str, int]]:

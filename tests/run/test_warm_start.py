@@ -14,7 +14,7 @@ from llama_jax import config, sharding, tree
 from llama_jax.convert import compare, formats, native
 from llama_jax.convert.source import Tokenizer as TokenizerFile
 from llama_jax.model import transformer
-from llama_jax.run import session, warm_start
+from llama_jax.run import warm_start
 from llama_jax.run.loading import form_of, load
 from llama_jax.tokenizer import base as tokenizers
 from llama_jax.tokenizer import messages
@@ -90,22 +90,6 @@ def test_what_cannot_begin_is_said(base, flags, message):
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_a_run_of_every_parameter_resumes_without_its_base(base):
-    """The base may have trained on, or be gone."""
-    begins = [f"--config.train.init_from={base}/first"]
-    shutil.copytree(base / "run", base / "first")
-    done = train(base, "whole", *begins)
-    assert done.returncode == 0, done.stderr
-    assert "of them trained" not in done.stdout
-    shutil.rmtree(base / "first")
-    again = train(base, "whole", *begins)
-    assert again.returncode == 0, again.stderr
-    assert "already trained" in again.stdout
-    other = train(base, "whole", *begins, "--config.train.init_checksum=0123")
-    assert other.returncode == 1
-    assert "first" in other.stderr
 
 
 def test_a_part_is_trained_and_the_folder_is_the_whole_network(base, part):
@@ -190,39 +174,56 @@ def test_a_partial_run_may_begin_from_a_partial_run(base, part):
         )
 
 
-def test_a_run_may_begin_with_an_earlier_step(base):
-    """With patterns that pick every parameter the run is whole, and needs its base no more."""
-    shutil.copytree(base / "run", base / "early")
-    begins = [f"--config.train.init_from={base}/early", "--config.train.init_step=2"]
+def test_a_run_of_every_parameter_resumes_without_its_base(base):
+    """The base may have trained on, or be gone. Patterns that pick every parameter make no partial run."""
+    shutil.copytree(base / "run", base / "first")
+    begins = [f"--config.train.init_from={base}/first", "--config.train.init_step=2"]
     begins += ["--config.optim.train=('**',)"]
-    done = train(base, "from_2", *begins)
+    done = train(base, "whole", *begins)
     assert done.returncode == 0, done.stderr
-    recorded = json.loads((base / "from_2/run.json").read_text())["train"]
+    assert "of them trained" not in done.stdout
+    recorded = json.loads((base / "whole/run.json").read_text())["train"]
     assert recorded["init_checksum"] == native.identity(base / "run", 2)
-    shutil.rmtree(base / "early")
-    assert params(base / "from_2").keys() == params(base / "run").keys()
-    again = train(base, "from_2", *begins)
+    shutil.rmtree(base / "first")
+    assert params(base / "whole").keys() == params(base / "run").keys()
+    again = train(base, "whole", *begins)
     assert "already trained" in again.stdout, again.stderr
+    other = train(base, "whole", *begins, "--config.train.init_checksum=0123")
+    assert other.returncode == 1
+    assert "first" in other.stderr
 
 
-def test_without_run_json_the_weights_to_begin_with_are_read_again(base, tmp_path):
-    """A workdir with checkpoints whose run.json is gone has no record of them."""
-    shutil.copytree(base / "run", tmp_path / "run")
-    run = config.Run(train=config.Train(init_from=str(base / "run")))
+def test_what_a_run_began_with_is_on_record_once_it_has_checkpoints(base, part, tmp_path):
+    """In run.json, and in each checkpoint."""
+    shutil.copytree(part[0], tmp_path / "run")
+    run = config.Run(train=config.Train(init_from=str(base / "old/base")))
 
-    def begins():
-        return warm_start.pinned(run, lambda: warm_start.recorded(tmp_path / "run"))
+    def begins(workdir):
+        return warm_start.pinned(run, lambda: warm_start.recorded(workdir)).train
 
-    (tmp_path / "run/run.json").unlink()
-    found = begins().train
+    found = begins(tmp_path / "run")
     assert (found.init_step, found.init_checksum) == (4, native.identity(base / "run"))
-    session.check_same(tmp_path / "run", run)
     recorded = dataclasses.replace(run.train, init_step=2, init_checksum="0123")
     said = config.to_dict(dataclasses.replace(run, train=recorded))
     (tmp_path / "run/run.json").write_text(json.dumps(said))
-    assert begins().train == recorded
-    shutil.rmtree(tmp_path / "run/checkpoints")
-    assert begins().train == found, "nothing was trained"
+    assert begins(tmp_path / "run") == recorded
+    (tmp_path / "run/run.json").unlink()
+    shutil.copytree(base / "run/checkpoints/2", base / "old/base/checkpoints/8")
+    assert begins(tmp_path / "run") == found
+    assert begins(tmp_path / "none").init_step == 8
+    shutil.rmtree(base / "old/base/checkpoints/8")
+
+
+def test_checkpoints_without_run_json_are_a_new_runs_own(base, tmp_path):
+    """It goes on from them, with settings of its own: a workdir is compared by its run.json."""
+    (base / "branch").mkdir()
+    shutil.copytree(base / "run/checkpoints/2", base / "branch/checkpoints/2")
+    done = train(base, "branch", "--config.optim.learning_rate=1e-3")
+    assert "resuming at step 2" in done.stdout, done.stderr
+    assert json.loads((base / "branch/run.json").read_text())["optim"]["learning_rate"] == 1e-3
+    again = train(base, "branch")
+    assert again.returncode == 1
+    assert "optim.learning_rate: 0.001 -> 0.003" in again.stderr
 
 
 PAGE = """
