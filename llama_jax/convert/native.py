@@ -271,7 +271,7 @@ def _place(folder: Path, step: int = 0) -> tuple[Path, str]:
     last = newest(folder)
     if (folder / PARAMS).is_dir():
         if step:
-            raise ValueError(f"{folder} is a converted model and has no step {step}; leave it at 0")
+            raise ValueError(f"{folder} is a converted model, of step 0, and has no step {step}")
         return folder / PARAMS, ""
     steps = files.committed(folder / "checkpoints")
     if step and step not in steps:

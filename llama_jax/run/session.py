@@ -324,8 +324,9 @@ def describe(workdir: Path, run: config.Run, prepared: prepare.Prepared, begins:
     files.write(workdir / "run.json", json.dumps(config.to_dict(run), indent=2) + "\n")
     if path := prepared.tokenizer_config.path:
         files.write(workdir / native.TOKENIZER, Path(path).read_bytes())
-    (workdir / in_folder.ADDITIONS).unlink(missing_ok=True)
-    if prepared.additions != NONE:
+    if prepared.additions == NONE:
+        (workdir / in_folder.ADDITIONS).unlink(missing_ok=True)
+    else:
         said = json.dumps(in_folder.to_dict(prepared.additions), indent=2) + "\n"
         files.write(workdir / in_folder.ADDITIONS, said)
     if begins and run.train.init_from:
