@@ -48,10 +48,13 @@ def tokenizers(cache: str) -> dict[str, float]:
     """MB/s of one thread on 4 MB of the standard library, beside the libraries that are wrapped and
     beside the one that transformers uses, on the same texts."""
     texts, size = documents()
-    found = {"byte": config.Tokenizer("byte"), "sp": config.Tokenizer("sp", trained(cache, texts))}
+    found = {
+        "byte": config.TokenizerConfig("byte"),
+        "sp": config.TokenizerConfig("sp", trained(cache, texts)),
+    }
     ranks = Path(__file__).resolve().parents[2] / "shared/data/tokenizers/llama3/tokenizer.model"
     if ranks.exists():
-        found["bpe"] = config.Tokenizer("bpe", str(ranks))
+        found["bpe"] = config.TokenizerConfig("bpe", str(ranks))
     results = {}
     for name, settings in found.items():
         tokenizer = base.load(settings)

@@ -7,7 +7,7 @@ A source is a folder of rows made beforehand: point `--config.data.sources.NAME.
 
 import dataclasses
 
-from llama_jax.config import Data, Source, Tokenizer
+from llama_jax.config import Data, Source, TokenizerConfig
 
 
 def _rows(**weights: float) -> tuple[Source, ...]:
@@ -21,21 +21,25 @@ def _rows(**weights: float) -> tuple[Source, ...]:
 LLAMA1_SOURCES = _rows(
     commoncrawl=67.0, c4=15.0, github=4.5, wikipedia=4.5, books=4.5, arxiv=2.5, stackexchange=2.0
 )
-LLAMA1 = Data(sources=LLAMA1_SOURCES, tokenizer=Tokenizer("sp", "tokenizer.model"), seq_len=2048)
+LLAMA1 = Data(
+    sources=LLAMA1_SOURCES, tokenizer=TokenizerConfig("sp", "tokenizer.model"), seq_len=2048
+)
 
 # Llama 2 publishes no mixture (arXiv:2307.09288 section 2.1): one source, yours.
-LLAMA2 = Data(sources=_rows(llama2=1.0), tokenizer=Tokenizer("sp", "tokenizer.model"), seq_len=4096)
+LLAMA2 = Data(
+    sources=_rows(llama2=1.0), tokenizer=TokenizerConfig("sp", "tokenizer.model"), seq_len=4096
+)
 
 # arXiv:2407.21783 section 3.1.2: half general knowledge, a quarter mathematics and reasoning, 17% code,
 # 8% multilingual.
 LLAMA3 = Data(
     sources=_rows(general=50.0, mathematics=25.0, code=17.0, multilingual=8.0),
-    tokenizer=Tokenizer("bpe", "tokenizer.model"),
+    tokenizer=TokenizerConfig("bpe", "tokenizer.model"),
     seq_len=8192,
 )
 LLAMA31 = dataclasses.replace(LLAMA3, seq_len=131_072)
 
 # Python's own standard library, with a SentencePiece vocabulary trained on it: no download.
 STDLIB = Data(
-    sources=(Source(name="corpus", kind="stdlib"),), tokenizer=Tokenizer("sp"), seq_len=256
+    sources=(Source(name="corpus", kind="stdlib"),), tokenizer=TokenizerConfig("sp"), seq_len=256
 )

@@ -25,7 +25,7 @@ from llama_jax.decode.generate import Decoder, Request
 from llama_jax.decode.text import repeats
 from llama_jax.run import chat, hosts, prompt_file, provenance
 from llama_jax.run.loading import (
-    Loaded,
+    LoadedModel,
     fit,
     form_of,
     load,
@@ -106,7 +106,7 @@ def day(text: str, command: str) -> datetime.date | None:
         raise ValueError(f"--date={text} must be a day, as 2024-07-26") from None
 
 
-def load_everywhere(folder: Path, decode: config.Decode, mesh: config.Mesh) -> Loaded:
+def load_everywhere(folder: Path, decode: config.Decode, mesh: config.Mesh) -> LoadedModel:
     """ValueError unless every host finds the same network and tokenizer in its folder."""
     folder = folder.expanduser().absolute()
     step = hosts.first_says(hosts.together(lambda: newest(folder) if hosts.first() else 0))
@@ -128,7 +128,7 @@ def describe(folder: Path, step: int) -> dict:
     }
 
 
-def once(loaded: Loaded, prompt: str) -> int:
+def once(loaded: LoadedModel, prompt: str) -> int:
     """Print the continuation of one prompt as it is made; of several samples each as it ends."""
     decode, tokenizer = loaded.engine.decode, loaded.tokenizer
     tokens = prompt_tokens(tokenizer, prompt)

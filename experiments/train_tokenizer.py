@@ -48,7 +48,7 @@ def main() -> int:
     return 0
 
 
-def open_text(of: config.Source, data: config.Data) -> source.Text:
+def open_text(of: config.Source, data: config.Data) -> source.SourceText:
     if of.kind == "rows":
         raise ValueError(f"data.sources.{of.name}.kind='rows' holds no text; name the text itself")
     cache = os.path.abspath(os.path.expanduser(data.cache))

@@ -77,7 +77,7 @@ DECODING = Tables(
 )
 
 
-class Group(NamedTuple):
+class DeviceGroup(NamedTuple):
     """Devices that share the work on one array, or exchange parts of it."""
 
     parts: int  # their number
@@ -116,22 +116,22 @@ class Layout:
         return self.mesh.shape["slices"]
 
     @property
-    def shards(self) -> Group:
+    def shards(self) -> DeviceGroup:
         """The devices that a parameter is gathered from: each has a part of its narrow width."""
         return self._group(*self.tables.at_rest["D"])
 
     @property
-    def wide(self) -> Group:
+    def wide(self) -> DeviceGroup:
         """The devices that split heads and hidden widths."""
         return self._group(*self.tables.at_rest["F"])
 
     @property
-    def exchanging(self) -> Group:
+    def exchanging(self) -> DeviceGroup:
         """The devices that exchange positions for heads around attention."""
         return self._group(*(set(self.tables.heads["N"]) - set(self.tables.activations["N"])))
 
     @property
-    def replicas(self) -> Group:
+    def replicas(self) -> DeviceGroup:
         """The devices of a slice that hold the same part of every parameter."""
         return self._group("data")
 
@@ -255,10 +255,10 @@ class Layout:
     def _parts(self, table: Table, letter: str) -> int:
         return self._group(*table[letter]).parts
 
-    def _group(self, *axes: str) -> Group:
+    def _group(self, *axes: str) -> DeviceGroup:
         sizes = self.mesh.shape
         within = AXES[max((AXES.index(axis) for axis in axes), default=len(AXES)) + 1 :]
-        return Group(math.prod(sizes[a] for a in axes), math.prod(sizes[a] for a in within))
+        return DeviceGroup(math.prod(sizes[a] for a in axes), math.prod(sizes[a] for a in within))
 
 
 def _spec(table: Table, letters: str) -> PartitionSpec:

@@ -13,7 +13,7 @@ from llama_jax.config import (
     Rope,
     Run,
     Source,
-    Tokenizer,
+    TokenizerConfig,
     Train,
     form,
 )
@@ -90,7 +90,7 @@ def test_where_text_lies_is_not_what_it_says():
     """Checkpoints know the text by its fingerprint."""
     old = Run(data=Data(sources=(Source("a.b", "files", "/x/*.txt"),)))
     moved = (Source("a.b", "rows", "/y"),)
-    tokenizer = Tokenizer("sp", "/y/tokenizer.model")
+    tokenizer = TokenizerConfig("sp", "/y/tokenizer.model")
     new = dataclasses.replace(old, data=Data(sources=moved, tokenizer=tokenizer))
     assert len(config.diff(old, new)) == 3
     assert config.diff(old, new, essential=True) == []
@@ -147,14 +147,14 @@ def test_any_part_has_an_editing_form():
         (lambda: Model(output="tide"), r"model.output='tide'.*nearest: 'tied'"),
         (lambda: Rope(original_length=4096), r"original_length=4096 has no effect while model.rope.factor=1.0"),
         (lambda: Rope(factor=8.0, low_freq_factor=4.0), r"high_freq_factor=4.0 must exceed"),
-        (lambda: Tokenizer("byte", "x"), r"tokenizer.path='x' has no effect on kind 'byte'"),
-        (lambda: Tokenizer("bpe"), r"tokenizer.path='' must name the ranks"),
+        (lambda: TokenizerConfig("byte", "x"), r"tokenizer.path='x' has no effect on kind 'byte'"),
+        (lambda: TokenizerConfig("bpe"), r"tokenizer.path='' must name the ranks"),
         (lambda: Source("a", "stdlib", "x"), r"data.sources.a.path='x' has no effect on kind 'stdlib'"),
         (lambda: Source("a", "files"), r"data.sources.a.path='' must be set for kind 'files'"),
         (lambda: Source("a", weight=0.0), r"data.sources.a.weight=0.0 must be positive"),
         (lambda: Source("a", "files", "gs://b/c.txt"), r"data.sources.a.path='gs://b/c.txt' must be a path on this machine; mount the bucket with `.*gcsfuse --implicit-dirs b ~/bucket` and give ~/bucket/c.txt"),
         (lambda: Source("a", "rows", "s3://b/c"), r"data.sources.a.path='s3://b/c' must be a path on this machine; mount what it names"),
-        (lambda: Tokenizer("sp", "gs://b"), r"data.tokenizer.path='gs://b' must be a path .* give ~/bucket/NAME"),
+        (lambda: TokenizerConfig("sp", "gs://b"), r"data.tokenizer.path='gs://b' must be a path .* give ~/bucket/NAME"),
         (lambda: Data(cache="gs://b/c"), r"data.cache='gs://b/c' must be a path"),
         (lambda: Data(sources=()), r"data.sources is empty"),
         (lambda: Data(sources=(Source(), Source())), r"must have different names"),

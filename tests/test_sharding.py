@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from llama_jax import config, sharding
-from llama_jax.sharding import Group
+from llama_jax.sharding import DeviceGroup
 
 P = jax.P
 
@@ -18,10 +18,10 @@ def layout():
 def test_groups_are_counted_in_the_order_of_the_mesh(layout):
     """tensor is the innermost: its devices are neighbours, those of data 4 x 5 x 7 apart."""
     assert (layout.slices, layout.row_parts, layout.position_parts) == (2, 2 * 3 * 4, 5 * 7)
-    assert layout.wide == Group(7, 1)
-    assert layout.exchanging == Group(5, 7)
-    assert layout.shards == Group(4 * 5, 7)
-    assert layout.replicas == Group(3, 4 * 5 * 7)
+    assert layout.wide == DeviceGroup(7, 1)
+    assert layout.exchanging == DeviceGroup(5, 7)
+    assert layout.shards == DeviceGroup(4 * 5, 7)
+    assert layout.replicas == DeviceGroup(3, 4 * 5 * 7)
 
 
 def test_decoding_keeps_weights_where_they_rest_and_splits_rows_over_what_is_left(layout):

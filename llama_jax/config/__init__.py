@@ -4,7 +4,7 @@ All of `llama_jax` reads frozen, hashable parts; the settings of a training run 
 checked where a part is constructed, so that an invalid one cannot exist.
 """
 
-from llama_jax.config.data import Data, Source, Tokenizer
+from llama_jax.config.data import Data, Source, TokenizerConfig
 from llama_jax.config.decode import Decode, Quant
 from llama_jax.config.form import add_sources, diff, edit, flatten, freeze, from_dict, to_dict
 from llama_jax.config.model import Model, Rope
@@ -24,7 +24,7 @@ __all__ = [
     "Rope",
     "Run",
     "Source",
-    "Tokenizer",
+    "TokenizerConfig",
     "Train",
     "add_sources",
     "check_seed",

@@ -7,7 +7,7 @@ from llama_jax.config.rules import choose, local, positive
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokenizer:
+class TokenizerConfig:
     """kind byte: 256 bytes and specials. sp: SentencePiece. bpe: tiktoken ranks of Llama 3. json: any
     tokenizer.json of Hugging Face, by the `tokenizers` library. folder: that of a converted model or of a
     run's workdir, with the tokens that the checkpoint adds to it.
@@ -68,7 +68,7 @@ class Source:
 @dataclasses.dataclass(frozen=True)
 class Data:
     sources: tuple[Source, ...] = (Source(),)  # in the editing form a dict by name
-    tokenizer: Tokenizer = Tokenizer()
+    tokenizer: TokenizerConfig = TokenizerConfig()
     seq_len: int = 2048  # T: tokens predicted a row
     packing: str = "concat"  # "concat": concatenate and split; "best_fit": keep documents whole
     segments: str = "none"  # "document": no attention and no positions across documents

@@ -8,10 +8,12 @@ import numpy as np
 
 from llama_jax import config
 from llama_jax.convert import formats, job, names
-from llama_jax.convert.source import Source
+from llama_jax.convert.source import CheckpointSource
 
 
-def sources(one: Source, other: Source, progress: Callable[[int], object]) -> int:
+def sources(
+    one: CheckpointSource, other: CheckpointSource, progress: Callable[[int], object]
+) -> int:
     """Compare settings, and every tensor bit by bit, in the dtype of `other`; the number of tensors.
 
     ValueError on the first that differs.
@@ -35,7 +37,7 @@ def sources(one: Source, other: Source, progress: Callable[[int], object]) -> in
     return len(names.units(one.model))
 
 
-def _settings(one: Source, other: Source) -> Iterator[tuple[str, Any, Any]]:
+def _settings(one: CheckpointSource, other: CheckpointSource) -> Iterator[tuple[str, Any, Any]]:
     """(name, value, value of `other`) of what a conversion keeps."""
     for field in dataclasses.fields(config.Model):
         if field.name not in _NOT_KEPT:

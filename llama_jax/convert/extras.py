@@ -10,23 +10,23 @@ import numpy as np
 from llama_jax.convert import hf as hugging_face
 from llama_jax.convert import meta_params
 from llama_jax.convert import native as our
-from llama_jax.convert.source import Source, Tokenizer
+from llama_jax.convert.source import CheckpointSource, TokenizerFile
 from llama_jax.tokenizer.added import NONE
 from llama_jax.tokenizer.hf import hf_files
 
 Report = Callable[[str], object]
 Files = dict[str, bytes]  # by their names in the folder
-Extras = Callable[[Source, dict[str, np.dtype], Report], Files]
+Extras = Callable[[CheckpointSource, dict[str, np.dtype], Report], Files]
 
 
-def native(source: Source, dtypes: dict[str, np.dtype], report: Report) -> Files:
+def native(source: CheckpointSource, dtypes: dict[str, np.dtype], report: Report) -> Files:
     origin = {"format": source.format, "files": [file.name for file in source.files[:8]]}
     said = our.description(source.model, source.context, source.tokenizer, origin)
     carried = {f"{our.CARRIED}/{name}": text for name, text in source.carried.items()}
     return {our.MODEL: _json(said), **_own(source.tokenizer), **carried}
 
 
-def hf(source: Source, dtypes: dict[str, np.dtype], report: Report) -> Files:
+def hf(source: CheckpointSource, dtypes: dict[str, np.dtype], report: Report) -> Files:
     tokenizer, ids = source.tokenizer, _special_ids(source)
     widest = max(dtypes.values(), key=lambda dtype: dtype.itemsize)
     settings = hugging_face.settings_of(source.model, source.context, widest, ids)
@@ -39,7 +39,7 @@ def hf(source: Source, dtypes: dict[str, np.dtype], report: Report) -> Files:
     return {**generation, **made, **source.carried, "config.json": _json(settings)}
 
 
-def meta(source: Source, dtypes: dict[str, np.dtype], report: Report) -> Files:
+def meta(source: CheckpointSource, dtypes: dict[str, np.dtype], report: Report) -> Files:
     """What Meta's format has no place for is reported."""
     tokenizer, own = source.tokenizer, _own(source.tokenizer)
     if tokenizer and tokenizer.kind == "json":
@@ -59,18 +59,18 @@ def meta(source: Source, dtypes: dict[str, np.dtype], report: Report) -> Files:
     return own
 
 
-def _own(tokenizer: Tokenizer | None) -> Files:
+def _own(tokenizer: TokenizerFile | None) -> Files:
     """The tokenizer's file; the byte tokenizer has none."""
     return {our.TOKENIZER: tokenizer.content} if tokenizer and tokenizer.content else {}
 
 
-def _added_names(tokenizer: Tokenizer) -> list[str]:
+def _added_names(tokenizer: TokenizerFile) -> list[str]:
     """Of the tokens that the tokenizer's own file does not have."""
     own = dataclasses.replace(tokenizer, additions=NONE).load().special
     return [t.content for t in tokenizer.additions.tokens if own.get(t.content) != t.id]
 
 
-def _special_ids(source: Source) -> dict[str, Any]:
+def _special_ids(source: CheckpointSource) -> dict[str, Any]:
     """Begin, end and padding, as the checkpoint came with them, else the tokenizer's."""
     ids: dict[str, Any] = {}
     if source.tokenizer is not None:
@@ -84,7 +84,7 @@ def _special_ids(source: Source) -> dict[str, Any]:
     return ids
 
 
-def _object(source: Source, name: str) -> dict[str, Any]:
+def _object(source: CheckpointSource, name: str) -> dict[str, Any]:
     """A JSON file that came with the checkpoint; empty if none did."""
     try:
         value = json.loads(source.carried.get(name, b"{}"))

@@ -10,12 +10,14 @@ import numpy as np
 
 from llama_jax import config
 from llama_jax.convert import formats, job, names, stage
-from llama_jax.convert.source import Source, compute_dtype
+from llama_jax.convert.source import CheckpointSource, compute_dtype
 
 JOURNAL = 2  # raise it when what a journal vouches for is written otherwise
 
 
-def convert(source: Source, to: Path, kind: str, dtype: np.dtype | None, progress, report) -> Path:
+def convert(
+    source: CheckpointSource, to: Path, kind: str, dtype: np.dtype | None, progress, report
+) -> Path:
     """Write `source` as format `kind` into the new folder `to`. ValueError leaves nothing behind.
 
     A call that was killed goes on from what is there, when made again. progress(bytes of the source done).
@@ -52,13 +54,13 @@ def convert(source: Source, to: Path, kind: str, dtype: np.dtype | None, progres
     return to
 
 
-def _key(source: Source, kind: str, dtype: np.dtype | None) -> str:
+def _key(source: CheckpointSource, kind: str, dtype: np.dtype | None) -> str:
     """What a journal is valid for: the same bytes, going the same way."""
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
     return json.dumps([JOURNAL, kind, str(dtype), stats])
 
 
-def _check_space(source: Source, dtypes, journal: job.Journal, place: Path) -> None:
+def _check_space(source: CheckpointSource, dtypes, journal: job.Journal, place: Path) -> None:
     need = sum(
         job.nbytes(unit, source) // source.dtypes[unit.hf].itemsize * dtypes[unit.hf].itemsize
         for unit in names.units(source.model)

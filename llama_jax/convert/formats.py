@@ -8,13 +8,13 @@ from pathlib import Path
 from llama_jax import config
 from llama_jax.convert import extras, hf, job, llama2c, meta, meta_params, native, targets
 from llama_jax.convert.extras import Extras
-from llama_jax.convert.source import Source, Tokenizer, naming, tokenizer_of
+from llama_jax.convert.source import CheckpointSource, TokenizerFile, naming, tokenizer_of
 from llama_jax.tokenizer import base, hf_added
 from llama_jax.tokenizer.hf import hf_json_to_ranks
 from llama_jax.tokenizer.llama2c import llama2c_to_sp
 
 
-def open_checkpoint(path: Path, kind: str, tokenizer_file: str) -> Source:
+def open_checkpoint(path: Path, kind: str, tokenizer_file: str) -> CheckpointSource:
     """kind "" detects it; tokenizer_file "" looks beside the weights. ValueError if there is no model."""
     kind = kind or detect(path)
     format_ = config.choose(FORMATS, kind, "--from_format")
@@ -35,7 +35,7 @@ def open_checkpoint(path: Path, kind: str, tokenizer_file: str) -> Source:
     return source
 
 
-def _extended(source: Source, tokenizer_file: str) -> Source:
+def _extended(source: CheckpointSource, tokenizer_file: str) -> CheckpointSource:
     """With the additions to its tokenizer that the small files beside the tokenizer's file tell."""
     files, place = source.carried, source.files[0].parent
     if tokenizer_file:
@@ -96,14 +96,14 @@ def check_native(folder: Path) -> None:
         )
 
 
-def _meta(folder: Path, tokenizer_file: str) -> Source:
+def _meta(folder: Path, tokenizer_file: str) -> CheckpointSource:
     # LLaMA 1 keeps one tokenizer for all sizes, in the folder above.
     beside = [folder / "tokenizer.model", folder.parent / "tokenizer.model"]
     tokenizer = _tokenizer(tokenizer_file, beside)
     return meta.open_folder(folder, tokenizer, _pieces(tokenizer))
 
 
-def _hf(folder: Path, tokenizer_file: str) -> Source:
+def _hf(folder: Path, tokenizer_file: str) -> CheckpointSource:
     beside = [folder / "tokenizer.model", folder / "original/tokenizer.model"]
     tokenizer, notes = _tokenizer(tokenizer_file, beside), ()
     if tokenizer is None and (folder / "tokenizer.json").is_file():
@@ -117,22 +117,22 @@ def _hf(folder: Path, tokenizer_file: str) -> Source:
     return dataclasses.replace(source, notes=(*source.notes, *notes))
 
 
-def _llama2c(file: Path, tokenizer_file: str) -> Source:
+def _llama2c(file: Path, tokenizer_file: str) -> CheckpointSource:
     pieces = llama2c.read_header(file)[1].vocab_size
     beside = [file.with_name(f"tok{pieces}.bin"), file.with_name("tokenizer.bin")]
     return llama2c.open_file(file, _tokenizer(tokenizer_file, beside))
 
 
-def _native(folder: Path, tokenizer_file: str) -> Source:
+def _native(folder: Path, tokenizer_file: str) -> CheckpointSource:
     return native.open_folder(folder, _tokenizer(tokenizer_file, []))
 
 
-def _tokenizer(given: str, beside: list[Path]) -> Tokenizer | None:
+def _tokenizer(given: str, beside: list[Path]) -> TokenizerFile | None:
     found = Path(given).expanduser() if given else next((f for f in beside if f.is_file()), None)
     return read_tokenizer(found) if found else None
 
 
-def read_tokenizer(file: Path) -> Tokenizer:
+def read_tokenizer(file: Path) -> TokenizerFile:
     """A SentencePiece model, tiktoken ranks, a tokenizer.json (Llama 3's as ranks), llama2.c's tokenizer."""
     try:
         content = file.read_bytes()
@@ -141,13 +141,13 @@ def read_tokenizer(file: Path) -> Tokenizer:
     try:
         if content[:1] == b"{":
             with contextlib.suppress(ValueError):  # another tokenizer than Llama 3's
-                return Tokenizer("bpe", hf_json_to_ranks(content))
+                return TokenizerFile("bpe", hf_json_to_ranks(content))
         if file.suffix == ".bin":
-            return Tokenizer("sp", llama2c_to_sp(content))
+            return TokenizerFile("sp", llama2c_to_sp(content))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     found = tokenizer_of(content)
-    base.load(config.Tokenizer(found.kind, str(file)))  # an error names the file
+    base.load(config.TokenizerConfig(found.kind, str(file)))  # an error names the file
     return found
 
 
@@ -160,7 +160,7 @@ def check_ids(tokenizer: base.Tokenizer, model: config.Model) -> None:
         )
 
 
-def _pieces(tokenizer: Tokenizer | None) -> int:
+def _pieces(tokenizer: TokenizerFile | None) -> int:
     return tokenizer.load().vocab_size if tokenizer else 0
 
 
@@ -173,7 +173,7 @@ class Format:
     ValueError on a model that it cannot hold.
     """
 
-    open: Callable[[Path, str], Source]
+    open: Callable[[Path, str], CheckpointSource]
     target: type[job.Target] | None = None
     extras: Extras | None = None
     check: Callable[[config.Model], None] = lambda model: None

@@ -14,7 +14,7 @@ import numpy as np
 from llama_jax import config
 from llama_jax.convert import json_file, names, pth, safetensors
 from llama_jax.convert.names import Unit
-from llama_jax.convert.source import Source, Tokenizer, compute_dtype, naming
+from llama_jax.convert.source import CheckpointSource, TokenizerFile, compute_dtype, naming
 from llama_jax.convert.stored import TABLES, Stored
 
 INDEX = "model.safetensors.index.json"
@@ -29,7 +29,7 @@ TOKENIZER = (
 CARRIED = ("config.json", "generation_config.json", *TOKENIZER)
 
 
-def open_folder(folder: Path, tokenizer: Tokenizer | None) -> Source:
+def open_folder(folder: Path, tokenizer: TokenizerFile | None) -> CheckpointSource:
     settings = json_file.read(folder / "config.json")
     model, context = model_of(settings, folder / "config.json")
     found = _named(_tensors(folder))
@@ -53,7 +53,7 @@ def open_folder(folder: Path, tokenizer: Tokenizer | None) -> Source:
             f"{tensor.file}: {name} is not a tensor of a text LLaMA{_architecture(settings)}"
         )
     dtypes = {name: tensor.dtype for name, tensor in stored.items()}
-    return Source(
+    return CheckpointSource(
         "hf",
         dataclasses.replace(model, compute_dtype=compute_dtype(dtypes)),
         context,

@@ -20,7 +20,7 @@ import numpy as np
 from llama_jax import config
 from llama_jax.convert import names
 from llama_jax.convert.names import Unit
-from llama_jax.convert.source import Source
+from llama_jax.convert.source import CheckpointSource
 from llama_jax.convert.stored import check_finite
 
 BLOCK_BYTES = 16 << 20  # as float32
@@ -68,7 +68,7 @@ def rows_per_block(unit: Unit, model: config.Model) -> int:
 
 
 def transfer(
-    source: Source,
+    source: CheckpointSource,
     target: Target,
     journal: "Journal",
     dtype: np.dtype | None,
@@ -132,12 +132,12 @@ def cast(rows: np.ndarray, dtype: np.dtype | None, file: Path, name: str) -> np.
     return out
 
 
-def nbytes(unit: Unit, source: Source) -> int:
+def nbytes(unit: Unit, source: CheckpointSource) -> int:
     shape = names.torch_shape(unit.row, source.model)
     return int(np.prod(shape, dtype=np.int64)) * source.dtypes[unit.hf].itemsize
 
 
-def total_bytes(source: Source) -> int:
+def total_bytes(source: CheckpointSource) -> int:
     return sum(nbytes(unit, source) for unit in names.units(source.model))
 
 

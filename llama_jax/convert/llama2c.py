@@ -19,7 +19,7 @@ import numpy as np
 from llama_jax import config
 from llama_jax.convert import names
 from llama_jax.convert.names import Unit
-from llama_jax.convert.source import Source, Tokenizer, naming
+from llama_jax.convert.source import CheckpointSource, TokenizerFile, naming
 from llama_jax.convert.stored import DTYPES, Stored, size
 from llama_jax.tokenizer.llama2c import BEGIN, END
 
@@ -32,7 +32,7 @@ _MATRICES = ("embed", "q", "k", "v", "o", "gate", "down", "up", "output")
 _LEGACY = ("embed", "attention_norm/scale", "q", "k", "v", "o", "ffn_norm/scale", *_MATRICES[5:8])
 
 
-def open_file(file: Path, tokenizer: Tokenizer | None) -> Source:
+def open_file(file: Path, tokenizer: TokenizerFile | None) -> CheckpointSource:
     version, model, context, group, at = read_header(file)
     runs = _runs(version, model, context, group, at)
     _check_size(file, model, runs)
@@ -44,7 +44,7 @@ def open_file(file: Path, tokenizer: Tokenizer | None) -> Source:
         for layer in range(run.count):
             unit = names.unit_of(run.row, layer, model)
             places[unit.hf] = _place(file, unit, model, group, run.start + layer * run.nbytes)
-    return Source(
+    return CheckpointSource(
         "llama2c",
         model,
         context,
@@ -110,7 +110,7 @@ def _end(path: str) -> str:
 class _Run(NamedTuple):
     """Tensors of one kind, one behind the other: those of all layers. row None: the rotary tables."""
 
-    row: names.Row | None
+    row: names.TensorRow | None
     start: int
     nbytes: int  # of one
     count: int
@@ -136,7 +136,7 @@ def _runs(version: int, model: config.Model, context: int, group: int, at: int) 
     return runs
 
 
-def _nbytes(row: names.Row, model: config.Model, group: int) -> int:
+def _nbytes(row: names.TensorRow, model: config.Model, group: int) -> int:
     shape = names.torch_shape(row, model)
     count = math.prod(shape)
     if not group or len(shape) == 1:

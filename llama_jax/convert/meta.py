@@ -17,11 +17,11 @@ import numpy as np
 from llama_jax import config
 from llama_jax.convert import meta_params, names, pth
 from llama_jax.convert.names import Unit
-from llama_jax.convert.source import Source, Tokenizer, compute_dtype, naming
+from llama_jax.convert.source import CheckpointSource, TokenizerFile, compute_dtype, naming
 from llama_jax.convert.stored import Stored
 
 
-def open_folder(folder: Path, tokenizer: Tokenizer | None, pieces: int) -> Source:
+def open_folder(folder: Path, tokenizer: TokenizerFile | None, pieces: int) -> CheckpointSource:
     """pieces: the size of the tokenizer's vocabulary, 0 if it is not known."""
     params = meta_params.read(folder / "params.json")
     files = shard_files(folder)
@@ -37,7 +37,7 @@ def open_folder(folder: Path, tokenizer: Tokenizer | None, pieces: int) -> Sourc
             "norm_eps 1e-06 is LLaMA 1's, weights in bfloat16 are Llama 2's: if these are Llama-2-7b-chat as "
             "first published, set norm_eps to 1e-05 in params.json, as Meta did; then it has 4096 positions",
         )
-    return Source(
+    return CheckpointSource(
         "meta",
         dataclasses.replace(model, compute_dtype=compute_dtype(dtypes)),
         meta_params.context_of(params),

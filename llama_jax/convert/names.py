@@ -2,8 +2,8 @@
 
 Layers have the rows of their kind of block (`ROWS`); EMBEDDING, NORM and OUTPUT stand outside of them.
 
-Three layouts. Ours: a stacked array of the letters in `Row.letters`, contracted dimensions first.
-Torch's: a matrix [outputs, inputs], as Meta and Hugging Face store it; its letters are `Row.torch`,
+Three layouts. Ours: a stacked array of the letters in `TensorRow.letters`, contracted dimensions first.
+Torch's: a matrix [outputs, inputs], as Meta and Hugging Face store it; its letters are `TensorRow.torch`,
 heads and head width merged. Between the two lies one transposition. Meta interleaves the pairs that
 rotary embedding turns, Hugging Face and we keep them half a head apart: rows of q and k are permuted.
 Everything that is converted passes through torch's layout with half-split rows, the hub.
@@ -19,7 +19,7 @@ import numpy as np
 from llama_jax import config, dims, tree
 
 
-class Row(NamedTuple):
+class TensorRow(NamedTuple):
     """A tensor, or one for every layer of a kind of block.
 
     In the names `{layer}` stands for its index among all layers, `{number}` for that among those of its kind,
@@ -35,13 +35,13 @@ class Row(NamedTuple):
     pairs: bool = False  # rows are rotary pairs
 
 
-EMBEDDING = Row("embed", "VD", "V D", "tok_embeddings", "model.embed_tokens", "V")
-NORM = Row("norm/scale", "D", "D", "norm", "model.norm", "")
-OUTPUT = Row("output", "DV", "V D", "output", "lm_head", "V")
+EMBEDDING = TensorRow("embed", "VD", "V D", "tok_embeddings", "model.embed_tokens", "V")
+NORM = TensorRow("norm/scale", "D", "D", "norm", "model.norm", "")
+OUTPUT = TensorRow("output", "DV", "V D", "output", "lm_head", "V")
 # Of one layer, by kind of block.
 ROWS = {
     "self": tuple(
-        Row(
+        TensorRow(
             f"groups/{{block}}/{path}",
             letters,
             torch,
@@ -68,7 +68,7 @@ ROWS = {
 class Unit(NamedTuple):
     """One tensor of one layer: what is converted at a time."""
 
-    row: Row
+    row: TensorRow
     layer: int  # 0 for a tensor outside the layers
     meta: str
     hf: str
@@ -89,7 +89,7 @@ def units(model: config.Model) -> list[Unit]:
     return found if model.output == "tied" else [*found, unit_of(OUTPUT, 0, model)]
 
 
-def unit_of(row: Row, layer: int, model: config.Model) -> Unit:
+def unit_of(row: TensorRow, layer: int, model: config.Model) -> Unit:
     """The tensor of a row of the table in one layer."""
     group, turn = divmod(layer, len(model.pattern))
     kind = model.pattern[turn]
@@ -105,22 +105,22 @@ def unit_of(row: Row, layer: int, model: config.Model) -> Unit:
     )
 
 
-def torch_shape(row: Row, model: config.Model) -> tuple[int, ...]:
+def torch_shape(row: TensorRow, model: config.Model) -> tuple[int, ...]:
     """The shape of one layer's tensor as Meta and Hugging Face store it."""
     return tuple(math.prod(dims.shape(part, model)) for part in row.torch.split())
 
 
-def unit_rows(row: Row, model: config.Model) -> int:
+def unit_rows(row: TensorRow, model: config.Model) -> int:
     """Rows of torch's matrix that belong together: those of a head."""
     return model.head_dim if row.torch.split()[0][1:] == "H" else 1
 
 
-def lead(row: Row) -> int:
+def lead(row: TensorRow) -> int:
     """The axis of one layer's array here along which the rows of torch's matrix lie."""
     return row.letters.index(row.torch[0])
 
 
-def to_ours(rows: np.ndarray, row: Row, model: config.Model) -> np.ndarray:
+def to_ours(rows: np.ndarray, row: TensorRow, model: config.Model) -> np.ndarray:
     """Rows of torch's layout, half-split, as an array of `row.letters`. Whole heads only.
 
     The letter of `lead` holds what the rows hold; the others are whole.
@@ -130,7 +130,7 @@ def to_ours(rows: np.ndarray, row: Row, model: config.Model) -> np.ndarray:
     return (rows if _same_order(row) else transpose(rows)).reshape(shape)
 
 
-def to_torch(array: np.ndarray, row: Row, model: config.Model) -> np.ndarray:
+def to_torch(array: np.ndarray, row: TensorRow, model: config.Model) -> np.ndarray:
     """The inverse of `to_ours`."""
     _, *inputs = row.torch.split()
     if not inputs:
@@ -141,7 +141,7 @@ def to_torch(array: np.ndarray, row: Row, model: config.Model) -> np.ndarray:
     return transpose(array.reshape(width, -1))
 
 
-def _same_order(row: Row) -> bool:
+def _same_order(row: TensorRow) -> bool:
     return row.letters == row.torch.replace(" ", "")
 
 

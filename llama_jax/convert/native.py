@@ -24,7 +24,7 @@ from orbax.checkpoint import type_handlers
 from llama_jax import config, dims, files, tree
 from llama_jax.convert import json_file, names
 from llama_jax.convert.names import Unit
-from llama_jax.convert.source import Source, Tokenizer, tokenizer_of
+from llama_jax.convert.source import CheckpointSource, TokenizerFile, tokenizer_of
 from llama_jax.model import transformer
 from llama_jax.model.quantised import Quantised, check_blocks, spread
 from llama_jax.model.transformer import Transformer
@@ -48,7 +48,7 @@ def run_of(path: Path) -> Path | None:
     return None
 
 
-def settings(folder: Path) -> tuple[config.Model, int, Tokenizer | None]:
+def settings(folder: Path) -> tuple[config.Model, int, TokenizerFile | None]:
     """Settings, positions trained for and tokenizer of a folder. ValueError if it is not one of ours."""
     if not is_native(folder):
         raise ValueError(f"{folder} is no model of ours: it has no {MODEL} and no run.json")
@@ -70,11 +70,11 @@ def settings(folder: Path) -> tuple[config.Model, int, Tokenizer | None]:
     if (folder / TOKENIZER).is_file():
         own = tokenizer_of((folder / TOKENIZER).read_bytes())
         return model, context, dataclasses.replace(own, additions=additions)
-    return model, context, Tokenizer("byte") if bytewise else None
+    return model, context, TokenizerFile("byte") if bytewise else None
 
 
 def description(
-    model: config.Model, context: int, tokenizer: Tokenizer | None, origin: dict[str, Any]
+    model: config.Model, context: int, tokenizer: TokenizerFile | None, origin: dict[str, Any]
 ) -> dict[str, Any]:
     """What model.json says. origin: the format and the files that the weights came from."""
     kind = tokenizer.kind if tokenizer else "none"
@@ -186,7 +186,7 @@ def _loaded(
         raise ValueError(f"{folder} is damaged ({_line(error)})") from error
 
 
-def open_folder(folder: Path, tokenizer: Tokenizer | None) -> Source:
+def open_folder(folder: Path, tokenizer: TokenizerFile | None) -> CheckpointSource:
     model, context, own = settings(folder)
     if (said := quantised(folder)) is not None:
         raise ValueError(
@@ -211,7 +211,7 @@ def open_folder(folder: Path, tokenizer: Tokenizer | None) -> Source:
                 f"say {list(shape)}"
             )
     place, _ = _place(folder, step)
-    return Source(
+    return CheckpointSource(
         "native",
         model,
         context,

@@ -15,7 +15,7 @@ from llama_jax.tokenizer.added import NONE, Additions
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokenizer:
+class TokenizerFile:
     """A kind of the config, the content of its model file ("byte" has none), a checkpoint's additions."""
 
     kind: str
@@ -27,11 +27,11 @@ class Tokenizer:
             file.write(self.content)
             file.flush()
             path = "" if self.kind == "byte" else file.name
-            return base.load(config.Tokenizer(self.kind, path), self.additions)
+            return base.load(config.TokenizerConfig(self.kind, path), self.additions)
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class CheckpointSource:
     """An opened checkpoint: headers read and checked, tensors not yet.
 
     `read(unit, start, stop)` gives rows of the hub layout: torch's matrix, half-split. Whole heads only.
@@ -44,7 +44,7 @@ class Source:
     read: Callable[[Unit, int, int], np.ndarray]
     where: Callable[[Unit], Path]  # the file of a tensor, for messages
     files: tuple[Path, ...]
-    tokenizer: Tokenizer | None = None
+    tokenizer: TokenizerFile | None = None
     carried: dict[str, bytes] = dataclasses.field(
         default_factory=dict
     )  # Hugging Face's small files
@@ -60,9 +60,9 @@ def compute_dtype(dtypes: dict[str, np.dtype]) -> str:
     return "float32" if "float32" in matrices else "bfloat16"
 
 
-def tokenizer_of(content: bytes) -> Tokenizer:
+def tokenizer_of(content: bytes) -> TokenizerFile:
     """The tokenizer in a file."""
-    return Tokenizer(in_folder.kind_of(content), content)
+    return TokenizerFile(in_folder.kind_of(content), content)
 
 
 @contextlib.contextmanager

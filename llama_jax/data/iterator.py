@@ -19,7 +19,7 @@ from llama_jax.sharding import Layout
 from llama_jax.tokenizer import base
 
 
-class Loaded(NamedTuple):
+class LoadedBatch(NamedTuple):
     """A batch and where its rows come from, those of all processes."""
 
     batch: Batch
@@ -27,7 +27,9 @@ class Loaded(NamedTuple):
     rows: np.ndarray  # [B], row of that source's training split
 
 
-def train(run: config.Run, prepared: Prepared, layout: Layout, first_step: int) -> Iterator[Loaded]:
+def train(
+    run: config.Run, prepared: Prepared, layout: Layout, first_step: int
+) -> Iterator[LoadedBatch]:
     """The batches of steps first_step .. train.steps-1, as global arrays."""
     import grain
 
@@ -47,15 +49,15 @@ def abstract(run: config.Run, layout: Layout) -> Batch:
     return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in types))
 
 
-def loader(run: config.Run, prepared: Prepared, own: np.ndarray) -> Callable[[int], Loaded]:
+def loader(run: config.Run, prepared: Prepared, own: np.ndarray) -> Callable[[int], LoadedBatch]:
     """step -> its global batch, but in numpy and only the rows `own` of it."""
     order = mixture.order_of(run.data, prepared)
     size = run.train.batch_size
 
-    def load(step: int) -> Loaded:
+    def load(step: int) -> LoadedBatch:
         picks = [order[int(step) * size + i] for i in range(size)]
         sources, rows = np.array(picks, np.int64).T
-        return Loaded(_load(run, prepared, "train", [picks[i] for i in own]), sources, rows)
+        return LoadedBatch(_load(run, prepared, "train", [picks[i] for i in own]), sources, rows)
 
     return load
 

@@ -14,14 +14,14 @@ import numpy as np
 OPEN_BINS = 64  # rows that best_fit fills at a time
 
 
-class Row(NamedTuple):
+class PackedRow(NamedTuple):
     tokens: np.ndarray  # length+1
     segments: np.ndarray | None  # documents from 1, padding 0; None: tell them by bos
 
 
 def concat(
     documents: Iterator[np.ndarray], length: int, bos: int, pad: int
-) -> Generator[Row, None, tuple[int, int]]:
+) -> Generator[PackedRow, None, tuple[int, int]]:
     """One stream of tokens, split every `length` (LLaMA's packing).
 
     Returns the tokens that are in no row's targets: the last partial row, and no padding.
@@ -35,14 +35,14 @@ def concat(
         stream = np.concatenate(held)
         rows = (size - 1) // length
         for start in range(0, rows * length, length):
-            yield Row(stream[start : start + length + 1], None)
+            yield PackedRow(stream[start : start + length + 1], None)
         held, size = [stream[rows * length :]], size - rows * length
     return max(size - 1, 0) if size else 0, 0
 
 
 def best_fit(
     documents: Iterator[np.ndarray], length: int, bos: int, pad: int
-) -> Generator[Row, None, tuple[int, int]]:
+) -> Generator[PackedRow, None, tuple[int, int]]:
     """Documents whole, each in the open row that it fills best (arXiv:2404.10830), then padding.
 
     Documents longer than a row are cut first. Returns no dropped tokens, and how many are padding.
@@ -61,7 +61,7 @@ def best_fit(
     for row in packed:
         segments = row[f"{key}_segment_ids"]
         padding += int(np.sum(segments == 0))
-        yield Row(row[key], segments)
+        yield PackedRow(row[key], segments)
     return 0, padding
 
 
@@ -93,11 +93,11 @@ def _stream(documents: Iterator[np.ndarray]):
         def set_state(self, state):
             raise NotImplementedError
 
-    class Stream(grain.IterDataset):
+    class PackedRows(grain.IterDataset):
         def __iter__(self):
             return Reader()
 
-    return Stream()
+    return PackedRows()
 
 
 PACKINGS = {"concat": concat, "best_fit": best_fit}

@@ -38,7 +38,9 @@ class Corpus:
 @dataclasses.dataclass(frozen=True)
 class Prepared:
     tokenizer: Tokenizer
-    tokenizer_config: config.Tokenizer  # loads it again, from beside the rows, with the additions
+    tokenizer_config: (
+        config.TokenizerConfig
+    )  # loads it again, from beside the rows, with the additions
     additions: Additions  # of a checkpoint
     sources: tuple[Corpus, ...]
     fingerprint: str  # of every source's rows
@@ -104,7 +106,7 @@ def prepare(data: config.Data, vocab_size: int, report: Callable[[str], None] = 
     if additions != NONE:
         identity.append(in_folder.to_dict(additions))
     first = corpora[0].store
-    beside = config.Tokenizer(first.meta.tokenizer_kind, _model_path(first))
+    beside = config.TokenizerConfig(first.meta.tokenizer_kind, _model_path(first))
     return Prepared(tokenizer, beside, additions, corpora, _sha(identity))
 
 
@@ -113,14 +115,14 @@ def _ends(tokenizer: Tokenizer) -> tuple[int, int, int]:
     return tokenizer.bos, tokenizer.eos, tokenizer.pad
 
 
-def training_lines(texts: list[source.Text]) -> Iterator[str]:
+def training_lines(texts: list[source.SourceText]) -> Iterator[str]:
     """The lines of the training split, for training a tokenizer."""
     for text in texts:
         for piece in text.read("train"):
             yield from piece.text.split("\n")
 
 
-def _identity(meta: rows.Meta) -> dict:
+def _identity(meta: rows.StoreMetadata) -> dict:
     """What the rows hold, whatever size this version of ArrayRecord makes of them."""
     splits = {name: dataclasses.replace(split, shards={}) for name, split in meta.splits.items()}
     return dataclasses.asdict(dataclasses.replace(meta, splits=splits))
@@ -153,7 +155,7 @@ def _open_rows(of: config.Source, data: config.Data) -> rows.Store:
 
 def _tokenizer(
     data: config.Data, texts, stores, vocab_size: int, cache: str, report
-) -> config.Tokenizer:
+) -> config.TokenizerConfig:
     """The tokenizer that is named, else the one beside given rows, else one trained now."""
     if data.tokenizer.kind != "sp" or data.tokenizer.path:
         return data.tokenizer
@@ -167,11 +169,11 @@ def _tokenizer(
             sp.train(training_lines(texts), vocab_size, path, os.cpu_count())
         except OSError as error:
             raise ValueError(f"data.cache={data.cache!r} cannot be written: {error}") from error
-    return config.Tokenizer("sp", path)
+    return config.TokenizerConfig("sp", path)
 
 
 def _rows(
-    text: source.Text, data: config.Data, tokenizer, file, additions: Additions, cache, report
+    text: source.SourceText, data: config.Data, tokenizer, file, additions: Additions, cache, report
 ) -> rows.Store:
     recipe = [data.packing, data.seq_len, data.validation_fraction]
     if additions != NONE:  # the fingerprint says nothing of special ones
@@ -189,7 +191,9 @@ def _rows(
     return rows.load(final)
 
 
-def _build(folder: str, text: source.Text, data: config.Data, tokenizer, file, report) -> None:
+def _build(
+    folder: str, text: source.SourceText, data: config.Data, tokenizer, file, report
+) -> None:
     import tqdm
 
     splits, shards = {}, {}
@@ -226,7 +230,7 @@ def _build(folder: str, text: source.Text, data: config.Data, tokenizer, file, r
             )
     if file.path:
         shutil.copyfile(os.path.expanduser(file.path), os.path.join(folder, MODEL_FILE))
-    meta = rows.Meta(
+    meta = rows.StoreMetadata(
         seq_len=data.seq_len,
         packing=data.packing,
         vocab_size=tokenizer.vocab_size,
@@ -308,11 +312,11 @@ def _too_short(name: str, split: str, tokenised: _Tokenised, data: config.Data) 
     )
 
 
-def _beside(store: rows.Store) -> config.Tokenizer:
+def _beside(store: rows.Store) -> config.TokenizerConfig:
     """The tokenizer that rows were made with."""
     if in_folder.additions(store.folder) != NONE:
-        return config.Tokenizer("folder", store.folder)
-    return config.Tokenizer(store.meta.tokenizer_kind, _model_path(store))
+        return config.TokenizerConfig("folder", store.folder)
+    return config.TokenizerConfig(store.meta.tokenizer_kind, _model_path(store))
 
 
 def _model_path(store: rows.Store) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from llama_jax.data import example
-from llama_jax.data.pack import Row
+from llama_jax.data.pack import PackedRow
 
 TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 DATASET = "rows"
@@ -44,7 +44,7 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True)
-class Meta:
+class StoreMetadata:
     """What the rows are made of; meta.json."""
 
     seq_len: int
@@ -61,7 +61,7 @@ class Meta:
 class Rows:
     """Random access to the rows of one split. Safe to read from several threads."""
 
-    def __init__(self, folder: str, split: str, meta: Meta):
+    def __init__(self, folder: str, split: str, meta: StoreMetadata):
         info = _json(os.path.join(folder, "dataset_info.json"))
         lengths = {s["name"]: [int(n) for n in s["shardLengths"]] for s in info["splits"]}[split]
         self._files = [
@@ -119,7 +119,7 @@ class Rows:
 @dataclasses.dataclass(frozen=True)
 class Store:
     folder: str
-    meta: Meta
+    meta: StoreMetadata
     train: Rows
     validation: Rows
 
@@ -131,7 +131,7 @@ def load(folder: str) -> Store:
     values = _json(os.path.join(folder, "meta.json"))
     try:
         splits = {name: Split(**split) for name, split in values.pop("splits").items()}
-        meta = Meta(**values, splits=splits)
+        meta = StoreMetadata(**values, splits=splits)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder}/meta.json is not that of a folder of rows: {error}") from error
     for split in meta.splits.values():
@@ -188,7 +188,7 @@ def _sweep(parent: str) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def write(folder: str, split: str, rows: Iterator[Row], vocab_size: int) -> dict[str, int]:
+def write(folder: str, split: str, rows: Iterator[PackedRow], vocab_size: int) -> dict[str, int]:
     """Write the rows of a split. Returns {shard: its rows}, in order."""
     from array_record.python import array_record_module
 
@@ -221,7 +221,9 @@ def write(folder: str, split: str, rows: Iterator[Row], vocab_size: int) -> dict
     return named
 
 
-def describe(folder: str, shards: dict[str, dict[str, int]], segments: bool, meta: Meta) -> None:
+def describe(
+    folder: str, shards: dict[str, dict[str, int]], segments: bool, meta: StoreMetadata
+) -> None:
     """Write the metadata, TFDS's and ours. `shards`: split -> what `write` returned."""
     import tensorflow_datasets as tfds
 
@@ -278,7 +280,7 @@ def _json(path: str):
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def _dtypes(folder: str, meta: Meta) -> dict[str, np.dtype]:
+def _dtypes(folder: str, meta: StoreMetadata) -> dict[str, np.dtype]:
     """The type of each feature; ValueError unless all are rows of seq_len+1, stored as bytes."""
     path = os.path.join(folder, "features.json")
     features = _json(path)["featuresDict"]["features"]

@@ -35,7 +35,7 @@ LEFT_OUT = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
+class SourceText:
     """A source's documents. `size` is about how many bytes there are to read; 0: not known."""
 
     name: str
@@ -45,12 +45,12 @@ class Text:
     read: Callable[[str], Iterator[Piece]]  # of a split
 
 
-def open_text(source: config.Source, validation_fraction: float, cache: str) -> Text:
+def open_text(source: config.Source, validation_fraction: float, cache: str) -> SourceText:
     """The text of a source. Files are hashed once; `cache` remembers while they are unchanged."""
     return OPENERS[source.kind](source, validation_fraction, cache)
 
 
-def _stdlib(source: config.Source, fraction: float, cache: str) -> Text:
+def _stdlib(source: config.Source, fraction: float, cache: str) -> SourceText:
     root = sysconfig.get_paths()["stdlib"]
     files = []
     for folder, folders, names in os.walk(root):
@@ -67,7 +67,7 @@ def _stdlib(source: config.Source, fraction: float, cache: str) -> Text:
     return dataclasses.replace(text, python=platform.python_version())
 
 
-def _files(source: config.Source, fraction: float, cache: str) -> Text:
+def _files(source: config.Source, fraction: float, cache: str) -> SourceText:
     place = f"data.sources.{source.name}.path={source.path!r}"
     pattern = os.path.abspath(os.path.expanduser(source.path))
     if os.path.isdir(pattern):
@@ -93,7 +93,7 @@ def _nearest(pattern: str) -> str:
     return f"{folder} holds {', '.join(names[:5]) or 'nothing'}{', ...' if names[5:] else ''}"
 
 
-def _of_files(source, root: str, files: list[str], fraction: float, cache: str) -> Text:
+def _of_files(source, root: str, files: list[str], fraction: float, cache: str) -> SourceText:
     sizes = {file: _size(file) for file in files}
     hashes = _hashes(files, cache)
     relative = {file: os.path.relpath(file, root).replace(os.sep, "/") for file in files}
@@ -120,7 +120,7 @@ def _of_files(source, root: str, files: list[str], fraction: float, cache: str) 
     if len(plain) < len(files):
         identity.append(source.text_field)
     known = all(file in plain_set or file.endswith((".jsonl", ".json")) for file in files)
-    return Text(source.name, _sha(identity), sum(sizes.values()) if known else 0, "", read)
+    return SourceText(source.name, _sha(identity), sum(sizes.values()) if known else 0, "", read)
 
 
 def _size(file: str) -> int:
@@ -139,7 +139,7 @@ def _record_split(text: str, fraction: float) -> str:
     return "validation" if part < fraction else "train"
 
 
-def _tfds(source: config.Source, fraction: float, cache: str) -> Text:
+def _tfds(source: config.Source, fraction: float, cache: str) -> SourceText:
     import tensorflow_datasets as tfds
 
     place = f"data.sources.{source.name}.path={source.path!r}"
@@ -170,7 +170,7 @@ def _tfds(source: config.Source, fraction: float, cache: str) -> Text:
             if _record_split(text, fraction) == split:
                 yield from documents.pieces(text)
 
-    return Text(source.name, _sha(identity), splits.num_bytes, "", read)
+    return SourceText(source.name, _sha(identity), splits.num_bytes, "", read)
 
 
 def _sha(lines: list[str]) -> str:

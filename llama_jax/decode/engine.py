@@ -24,7 +24,7 @@ SCORES = 1 << 24
 STEPS = 8  # tokens of each row between two looks at what was said
 
 
-class Rows(NamedTuple):
+class BatchSlots(NamedTuple):
     """B rows between two calls. `token_B` is what each row said last; the cache has what is before it."""
 
     cache: Any
@@ -49,8 +49,8 @@ class Engine:
     """The programs of a network and how to sample from it.
 
     It borrows parameters: every call is given them as `transformer.unstack` makes them, and keeps none. Other
-    parameters or another seed compile nothing. Keys and values in `Rows` are of the parameters that computed
-    them: with others begin every row anew (generate.py does).
+    parameters or another seed compile nothing. Keys and values in `BatchSlots` are of the parameters that
+    computed them: with others begin every row anew (generate.py does).
     """
 
     def __init__(self, module: Transformer, decode: config.Decode):
@@ -62,7 +62,7 @@ class Engine:
     def window(self) -> int:
         return self.module.config.window
 
-    def rows(self, number: int, length: int) -> Rows:
+    def rows(self, number: int, length: int) -> BatchSlots:
         """Idle rows for texts of at most `length` tokens."""
         module, decode = self.module, self.decode
         dtype = module.config.compute_dtype if decode.cache == "compute" else decode.cache
@@ -77,18 +77,18 @@ class Engine:
             return last, position, jax.random.split(jax.random.key(0), number), seen
 
         # Placed as calls leave them: else the second call would compile again.
-        return Rows(kept, *jax.jit(rest, out_shardings=module.layout.replicated)())
+        return BatchSlots(kept, *jax.jit(rest, out_shardings=module.layout.replicated)())
 
     def begin(
         self,
         params: Any,
-        rows: Rows,
+        rows: BatchSlots,
         row: int,
         tokens: Sequence[int],
         key: jax.Array,
         start: int = 0,
         cuts: Sequence[int] = (),
-    ) -> tuple[Rows, Said]:
+    ) -> tuple[BatchSlots, Said]:
         """A row begins with the prompt `tokens` and says one more. `rows` is given up.
 
         `start` of them are in its cache already. No chunk goes across one of `cuts`, ascending: what is kept
@@ -120,15 +120,15 @@ class Engine:
             start += len(part)
         return rows, said
 
-    def end(self, rows: Rows, row: int) -> Rows:
+    def end(self, rows: BatchSlots, row: int) -> BatchSlots:
         """The row is idle; what it holds stays."""
         return rows._replace(position_B=rows.position_B.at[row].set(-1))
 
-    def copy(self, rows: Rows, source: int, to: int) -> Rows:
+    def copy(self, rows: BatchSlots, source: int, to: int) -> BatchSlots:
         """The row `to` holds the text of the row `source`."""
         return rows._replace(cache=copy(rows.cache, source, to))
 
-    def advance(self, params: Any, rows: Rows) -> tuple[Rows, Said]:
+    def advance(self, params: Any, rows: BatchSlots) -> tuple[BatchSlots, Said]:
         """More tokens of every row. `rows` is given up."""
         return advance(self.module, params, self._sampling, rows, STEPS)
 
@@ -152,7 +152,7 @@ def places(model: config.Model, length: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("module", "sampling"), donate_argnames=("rows",))
-def begin(module, params, sampling, rows: Rows, tokens_T, start, length, row, key, seen_V):
+def begin(module, params, sampling, rows: BatchSlots, tokens_T, start, length, row, key, seen_V):
     """The tokens `start` to `start + length` of a row's prompt, and what it says after them.
 
     seen_V: those of the whole prompt, for a repetition penalty.
@@ -170,7 +170,7 @@ def begin(module, params, sampling, rows: Rows, tokens_T, start, length, row, ke
     logits_1V = transformer.logits(last)[:1, 0]
     seen_1V = None if seen_V is None else seen_V[None]
     end_1 = jnp.full(1, start + length)
-    one = Rows(changed[cache.CACHE], tokens_T[:1], end_1, key[None], seen_1V)
+    one = BatchSlots(changed[cache.CACHE], tokens_T[:1], end_1, key[None], seen_1V)
     one, *likely = _said(sampling, logits_1V, one)
     rows = placed(module, jax.tree.map(lambda held, new: held.at[row].set(new[0]), rows, one))
     said = Said(*(x_1[:, None] for x_1 in (one.token_B, *likely)), jnp.ones(1, jnp.int32))
@@ -180,10 +180,10 @@ def begin(module, params, sampling, rows: Rows, tokens_T, start, length, row, ke
 @functools.partial(
     jax.jit, static_argnames=("module", "sampling", "steps"), donate_argnames=("rows",)
 )
-def advance(module, params, sampling, rows: Rows, steps: int):
+def advance(module, params, sampling, rows: BatchSlots, steps: int):
     """`steps` more tokens of every row."""
 
-    def one(rows: Rows, _):
+    def one(rows: BatchSlots, _):
         logits_BV, rows = step(module, params, rows)
         rows, *likely = _said(sampling, logits_BV, rows)
         return rows, (rows.token_B, *likely)
@@ -199,11 +199,11 @@ def advance(module, params, sampling, rows: Rows, steps: int):
     return rows, everywhere(module, said)
 
 
-def placed(module, rows: Rows) -> Rows:
+def placed(module, rows: BatchSlots) -> BatchSlots:
     """As `Engine.rows` places them."""
     kept = cache.placed(module, rows.cache)
     rest = jax.lax.with_sharding_constraint(rows[1:], module.layout.replicated)
-    return Rows(kept, *rest)
+    return BatchSlots(kept, *rest)
 
 
 def everywhere(module, said: Said) -> Said:
@@ -216,7 +216,7 @@ def copy(held, source, to):
     return jax.tree.map(lambda x: x.at[to].set(x[source]), held)
 
 
-def step(module, params, rows: Rows) -> tuple[jax.Array, Rows]:
+def step(module, params, rows: BatchSlots) -> tuple[jax.Array, BatchSlots]:
     """Logits of the next token of every row; the last one is in the cache, and the position its."""
     real_B = rows.position_B >= 0
     hidden, changed = module.apply(
@@ -227,7 +227,7 @@ def step(module, params, rows: Rows) -> tuple[jax.Array, Rows]:
     return logits_BV, rows._replace(cache=changed[cache.CACHE], position_B=rows.position_B + real_B)
 
 
-def _said(sampling, logits_BV, rows: Rows) -> tuple[Rows, jax.Array, jax.Array]:
+def _said(sampling, logits_BV, rows: BatchSlots) -> tuple[BatchSlots, jax.Array, jax.Array]:
     """Rows with the tokens sampled for their positions; log-probabilities untempered and tempered [B]."""
     own_BV, seen_BV = logits_BV, rows.seen_BV
     if seen_BV is not None:

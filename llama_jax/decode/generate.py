@@ -12,7 +12,7 @@ from llama_jax import config
 from llama_jax.decode import prefix
 from llama_jax.decode.engine import Engine, Said
 from llama_jax.decode.speculative import Speculative
-from llama_jax.decode.text import Text
+from llama_jax.decode.text import GeneratedText
 from llama_jax.tokenizer.base import Tokenizer
 
 WORTH = 16  # tokens that are worth a chunk of their own: as many as the smallest chunk takes
@@ -27,7 +27,7 @@ class Request(NamedTuple):
     stream: tuple[int, int] = (0, 0)  # which prompt, which sample of it
 
 
-class Result(NamedTuple):
+class Completion(NamedTuple):
     """A continuation. What was sampled is `tokens + last`; both lists of log-probabilities are as long."""
 
     tokens: list[int]  # new ones, without one that ends the sequence
@@ -41,7 +41,7 @@ class Result(NamedTuple):
 class _Row:
     """A sequence that is being continued."""
 
-    def __init__(self, number: int, text: Text):
+    def __init__(self, number: int, text: GeneratedText):
         self.number, self.text = number, text
         self.logprobs: list[float] = []
         self.tempered: list[float] = []
@@ -55,10 +55,10 @@ class _Row:
             if self.text.end:
                 return
 
-    def result(self) -> tuple[int, Result]:
+    def result(self) -> tuple[int, Completion]:
         text = self.text
         likely = self.logprobs, self.tempered
-        return self.number, Result(text.tokens, *likely, text.text, text.end, text.last)
+        return self.number, Completion(text.tokens, *likely, text.text, text.end, text.last)
 
 
 class Decoder:
@@ -96,7 +96,7 @@ class Decoder:
         requests: Sequence[Request],
         listen: Callable[[int, str], None] = lambda number, text: None,
         stopped: Callable[[], bool] = lambda: False,
-    ) -> Iterator[tuple[int, Result]]:
+    ) -> Iterator[tuple[int, Completion]]:
         """Each request's number and result, as they end.
 
         params: as the engine takes them, `transformer.unstack(module, params)`; they are borrowed, and not
@@ -125,7 +125,7 @@ class Decoder:
             self.forget()
             self._owner = [weakref.ref(leaf) for leaf in leaves]
 
-    def _run(self, params, requests, listen, stopped, active) -> Iterator[tuple[int, Result]]:
+    def _run(self, params, requests, listen, stopped, active) -> Iterator[tuple[int, Completion]]:
         waiting = deque(zip(range(len(requests)), requests, self._cuts(requests), strict=True))
         # Of `held` what was read as a prompt, or left by an earlier run.
         read = [np.asarray(tokens, np.int64) for tokens in self.held]
@@ -218,9 +218,11 @@ class Decoder:
         self.held[row], read[row] = request.tokens, tokens
         return said
 
-    def _text(self, request: Request) -> Text:
+    def _text(self, request: Request) -> GeneratedText:
         stop = self.engine.decode.stop
-        return Text(self.tokenizer, request.tokens, self.end_tokens, stop, request.max_new_tokens)
+        return GeneratedText(
+            self.tokenizer, request.tokens, self.end_tokens, stop, request.max_new_tokens
+        )
 
 
 def key_of(request: Request) -> jax.Array:

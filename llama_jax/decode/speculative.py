@@ -12,14 +12,14 @@ import jax.numpy as jnp
 
 from llama_jax.decode import engine as engines
 from llama_jax.decode import sample
-from llama_jax.decode.engine import Engine, Rows, Said
+from llama_jax.decode.engine import BatchSlots, Engine, Said
 from llama_jax.model import cache, transformer
 from llama_jax.model.context import Cached
 
 
 class Both(NamedTuple):
-    target: Rows
-    draft: Rows
+    target: BatchSlots
+    draft: BatchSlots
 
     @property
     def position_B(self):
@@ -106,10 +106,10 @@ def advance(networks, params, sampling, rows: Both, proposals: int):
     return Both(engines.placed(target, target_rows), draft_rows), engines.everywhere(target, said)
 
 
-def _propose(draft, params, sampling, rows: Rows, proposals: int):
+def _propose(draft, params, sampling, rows: BatchSlots, proposals: int):
     """Rows that have seen all proposals, those [B, X], and the distributions they were drawn from."""
 
-    def one(rows: Rows, _):
+    def one(rows: BatchSlots, _):
         logits_BV, rows = engines.step(draft, params, rows)
         keys_B = engines.keys_at(rows.key_B, rows.position_B)
         token_B = sample.choose(logits_BV, _purpose(keys_B, 0), sampling)

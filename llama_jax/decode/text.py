@@ -6,7 +6,7 @@ from llama_jax.tokenizer.base import Tokenizer
 from llama_jax.tokenizer.stream import Stream
 
 
-class Text:
+class GeneratedText:
     """Feed tokens; `end` says why it is over: "stop" (a token or a text that ends it) or "length"."""
 
     def __init__(

@@ -29,7 +29,7 @@ def token_nll(module: Transformer, params: Any, tokens_BU: jax.Array) -> jax.Arr
     return jax.lax.with_sharding_constraint(nll_BT, module.layout.replicated)
 
 
-class Scores(NamedTuple):
+class WindowScores(NamedTuple):
     """Of the same tokens, read in windows of one length."""
 
     row_R: np.ndarray  # mean nats a token of each row of T tokens
@@ -38,7 +38,7 @@ class Scores(NamedTuple):
 
 def windows(
     module: Transformer, params: Any, rows: np.ndarray, times: int, tokens_at_once: int
-) -> Scores:
+) -> WindowScores:
     """Score rows [R, T + 1], each of which begins with the last token of the one before, `times` joined.
 
     R must be a multiple of `times`. tokens_at_once: about so many go through the network together.
@@ -46,7 +46,7 @@ def windows(
     R, T = len(rows), rows.shape[1] - 1
     long_rows = np.concatenate([rows[::times, :1], rows[:, 1:].reshape(-1, times * T)], axis=1)
     found = np.concatenate(list(_batches(module, params, long_rows, tokens_at_once)))
-    return Scores(found.reshape(R, T).mean(1), found.mean(0))
+    return WindowScores(found.reshape(R, T).mean(1), found.mean(0))
 
 
 def _batches(module, params, rows: np.ndarray, tokens_at_once: int) -> Iterator[np.ndarray]:

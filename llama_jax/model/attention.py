@@ -9,7 +9,7 @@ from llama_jax import config
 from llama_jax.model import cache
 from llama_jax.model.context import Cached, Context
 from llama_jax.model.init import param
-from llama_jax.model.kernels import KERNELS, Scores
+from llama_jax.model.kernels import KERNELS, ScoreRule
 from llama_jax.model.linear import linear
 from llama_jax.model.norm import NORMS
 from llama_jax.model.position import rotate
@@ -37,7 +37,8 @@ class Attention(nn.Module):
         q_BNTH = checkpoint_name(rotate(q_BNTH, where.turns), "q")
         k_BKTH = checkpoint_name(rotate(k_BKTH, where.turns), "k")
         v_BKTH = checkpoint_name(v_BKTH, "v")
-        scores, qkv = Scores(config.window, config.softcap, where.bias_NS), (q_BNTH, k_BKTH, v_BKTH)
+        scores = ScoreRule(config.window, config.softcap, where.bias_NS)
+        qkv = q_BNTH, k_BKTH, v_BKTH
         if isinstance(context.keys, Cached):
             out_BNTH = cache.attend(self, *qkv, context, scores)
         else:

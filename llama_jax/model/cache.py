@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from llama_jax import dims
 from llama_jax.model import kernels
 from llama_jax.model.context import Context
-from llama_jax.model.kernels import Scores
+from llama_jax.model.kernels import ScoreRule
 
 CACHE = "cache"
 FEW = 16  # sequences that are written one by one
@@ -106,7 +106,7 @@ def _of_scale(letters: str) -> str:
     return letters.replace("H", "")
 
 
-def attend(module, q_BNTH, k_BKTH, v_BKTH, context: Context, scores: Scores):
+def attend(module, q_BNTH, k_BKTH, v_BKTH, context: Context, scores: ScoreRule):
     """Keep new keys and values, and attend to all that are kept: [B, N, T, H].
 
     Padding (`Cached`) is not kept, and what comes out for it means nothing. The positions of the other tokens

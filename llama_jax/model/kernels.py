@@ -27,7 +27,7 @@ SPLASH_BLOCK = 512  # of queries and of keys, at most
 LANES = 128  # of a TPU's vector unit: splash's blocks are multiples of it
 
 
-class Scores(NamedTuple):
+class ScoreRule(NamedTuple):
     """How q k / sqrt(H) becomes what softmax sees: capped, with a bias, hidden where out of sight."""
 
     window: int = 0  # a query sees so many keys, its own among them; 0: all before it
@@ -35,10 +35,10 @@ class Scores(NamedTuple):
     bias_NS: jax.Array | None = None  # float32, to the score of the key S positions back
 
 
-USUAL = Scores()
+USUAL = ScoreRule()
 
 
-def reference(q_BNTH, k_BKSH, v_BKSH, segments, layout: Layout, scores: Scores = USUAL):
+def reference(q_BNTH, k_BKSH, v_BKSH, segments, layout: Layout, scores: ScoreRule = USUAL):
     """softmax(q k / sqrt(H)) v over the whole square (arXiv:1706.03762 eq. 1, arXiv:2305.13245)."""
     visible_BTS = mask.causal(0, q_BNTH.shape[2], segments, window=scores.window)
     q_BNTH, k_BKSH, v_BKSH = layout.heads(q_BNTH, k_BKSH, v_BKSH)
@@ -83,7 +83,7 @@ def _by_distance(bias_NS, rows: slice, keys: slice):
     return moved.reshape(N, T, T + S - 1)[:, :, :S]
 
 
-def blockwise(q_BNTH, k_BKSH, v_BKSH, segments, layout: Layout, scores: Scores = USUAL):
+def blockwise(q_BNTH, k_BKSH, v_BKSH, segments, layout: Layout, scores: ScoreRule = USUAL):
     """One block of queries at a time, against the keys up to its end: half the square is skipped.
 
     Never stores T x S scores (arXiv:2112.05682); the backward pass computes each block's again
@@ -195,7 +195,7 @@ def _weights(q_BKXH, k_BKSH, visible_BXS, bias_KXS, softcap):
     return jax.nn.softmax(scores_BKXS, axis=-1), capped_BKXS
 
 
-def splash(q_BNTH, k_BKSH, v_BKSH, segments, layout: Layout, scores: Scores = USUAL):
+def splash(q_BNTH, k_BKSH, v_BKSH, segments, layout: Layout, scores: ScoreRule = USUAL):
     """JAX's Pallas kernel for TPU v4 and later; each device attends with its own heads and rows."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -222,7 +222,7 @@ def splash(q_BNTH, k_BKSH, v_BKSH, segments, layout: Layout, scores: Scores = US
     return layout.on_own_heads(local, scaled_BNTH, k_BKSH, v_BKSH, segments)
 
 
-def cudnn(q_BNTH, k_BKSH, v_BKSH, segments, layout: Layout, scores: Scores = USUAL):
+def cudnn(q_BNTH, k_BKSH, v_BKSH, segments, layout: Layout, scores: ScoreRule = USUAL):
     """NVIDIA's fused kernel (arXiv:2307.08691), for 16-bit types on GPUs; each device its own heads."""
 
     def local(q_BNTH, k_BKSH, v_BKSH, segments):

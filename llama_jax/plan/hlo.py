@@ -84,7 +84,7 @@ class Compiled(NamedTuple):
         return cls(**{**values, "collectives": collectives})
 
 
-class Program(NamedTuple):
+class HloModule(NamedTuple):
     computations: dict[str, list[Op]]
     entry: str
 
@@ -145,7 +145,7 @@ class Program(NamedTuple):
         return total or 1
 
 
-def read(text: str) -> Program:
+def read(text: str) -> HloModule:
     computations: dict[str, list[Op]] = {}
     entry, current = "", None
     for line in text.split("\n"):
@@ -154,10 +154,10 @@ def read(text: str) -> Program:
             entry = header.group(2) if header.group(1) else entry
         elif current is not None and (found := _OP.match(line)):
             current.append(_op(found.group(1), found.group(2), line.strip()))
-    return Program(computations, entry)
+    return HloModule(computations, entry)
 
 
-def cycles(program: Program) -> dict[str, float]:
+def cycles(program: HloModule) -> dict[str, float]:
     """Estimated cycles of a step by sort of work: matmul, elementwise, copy."""
     total = {"matmul": 0, "elementwise": 0, "copy": 0}
     for op, times in scheduled(program):
@@ -165,14 +165,14 @@ def cycles(program: Program) -> dict[str, float]:
     return total
 
 
-def scheduled(program: Program):
+def scheduled(program: HloModule):
     """(op, how often it runs) of everything that a step schedules."""
     for name, times in program.times().items():
         for op in program.computations[name]:
             yield op, times
 
 
-def sort(program: Program, op: Op) -> str:
+def sort(program: HloModule, op: Op) -> str:
     inside = [op]
     if op.kind == "fusion":
         inside = program.computations[op.called["calls"]]
@@ -184,7 +184,7 @@ def sort(program: Program, op: Op) -> str:
     return "copy" if kinds <= moving else "elementwise"
 
 
-def kernels(program: Program) -> collections.Counter:
+def kernels(program: HloModule) -> collections.Counter:
     """How often each Pallas kernel runs in a step, by its name."""
     counted: collections.Counter = collections.Counter()
     for op, times in scheduled(program):
@@ -193,7 +193,7 @@ def kernels(program: Program) -> collections.Counter:
     return counted
 
 
-def collectives(program: Program) -> list[Collective]:
+def collectives(program: HloModule) -> list[Collective]:
     found = []
     for name, times in program.times().items():
         ops = program.computations[name]
@@ -237,7 +237,7 @@ def merged(found: list[Collective]) -> list[Collective]:
     return [one._replace(times=n) for one, n in times.items()]
 
 
-def _clock(program: Program, name: str) -> list[float]:
+def _clock(program: HloModule, name: str) -> list[float]:
     """Cycles that have passed when each operation of a computation ends, loops within it included."""
     now, clock = 0.0, []
     for op in program.computations[name]:
@@ -249,7 +249,7 @@ def _clock(program: Program, name: str) -> list[float]:
     return clock
 
 
-def _collective(program: Program, op: Op) -> tuple[Op | None, str]:
+def _collective(program: HloModule, op: Op) -> tuple[Op | None, str]:
     """The collective that an operation is or that, on v5e and later, it carries."""
     kind = next((k for k in COLLECTIVES if op.kind in (k, k + "-start")), "")
     if kind:
@@ -267,7 +267,7 @@ def _collective(program: Program, op: Op) -> tuple[Op | None, str]:
     return None, ""
 
 
-def _within(program: Program, op: Op) -> Iterator[tuple[Op, str]]:
+def _within(program: HloModule, op: Op) -> Iterator[tuple[Op, str]]:
     """The collectives of what an operation calls, at any depth."""
     for called in op.called.values():
         for one in program.computations[called]:

@@ -17,7 +17,7 @@ SPREAD = 1.16  # from the estimate to either end: high over low is 1.35
 HOST_GB_S = 16.0  # a chip's share of the PCIe bus of its host, one way: assumed
 
 
-class Rates(NamedTuple):
+class ChipRates(NamedTuple):
     """Of one generation."""
 
     slower: float  # seconds of a step's scheduled cycles over those cycles at the clock's rate
@@ -30,18 +30,18 @@ class Rates(NamedTuple):
 # out as 0.97, and nothing is faster than its clock). Of v7x measured: a product of 16,384 runs at 950
 # TFLOP/s, the compiler's cycles say 1,078 (accelerator-microbenchmarks, Ironwood, GEMM results).
 RATES = {
-    "TPU v5": Rates(1.0, 0.6),
-    "TPU v6 lite": Rates(1.09, 0.35),
-    "TPU7x": Rates(1.13, 0.35),
+    "TPU v5": ChipRates(1.0, 0.6),
+    "TPU v6 lite": ChipRates(1.09, 0.35),
+    "TPU7x": ChipRates(1.13, 0.35),
 }
-USUAL = Rates(1.05, 0.6)  # of generations of which nobody published a run of LLaMA: assumed
+USUAL = ChipRates(1.05, 0.6)  # of generations of which nobody published a run of LLaMA: assumed
 
 
 class Seconds(NamedTuple):
     """Of one step."""
 
     compute: float  # the compiler's cycles at the clock's rate
-    slower: float  # Rates.slower
+    slower: float  # ChipRates.slower
     kernels: float
     exposed: float  # collectives that nothing covers
     host: float  # activations that are kept there, there and back

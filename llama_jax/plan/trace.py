@@ -34,7 +34,9 @@ def decoding(model: config.Model, layout: Layout, texts: Texts) -> Any:
     return engine.advance.trace(module, params, sample.settings(config.Decode()), rows, 1)
 
 
-def abstract(model: config.Model, layout: Layout, texts: Texts) -> tuple[Any, Any, engine.Rows]:
+def abstract(
+    model: config.Model, layout: Layout, texts: Texts
+) -> tuple[Any, Any, engine.BatchSlots]:
     """The network, its parameters and the rows as `engine.Engine` is given them: shapes and places."""
     stacked = transformer.build(model, layout)
     module = transformer.unstacked(stacked)
@@ -44,7 +46,7 @@ def abstract(model: config.Model, layout: Layout, texts: Texts) -> tuple[Any, An
     of = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.replicated)  # noqa: E731
     whole = of((number,), jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), number))
-    rows = engine.Rows(kept, whole, whole, of(keys.shape, keys.dtype))
+    rows = engine.BatchSlots(kept, whole, whole, of(keys.shape, keys.dtype))
     letters = tree.paths(transformer.letters(stacked))
     params: dict[str, Any] = {}
     for name, leaf in tree.paths(transformer.abstract(stacked)).items():

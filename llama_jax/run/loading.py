@@ -21,7 +21,7 @@ from llama_jax.tokenizer import base, forms
 from llama_jax.tokenizer.base import Tokenizer
 
 
-class Loaded(NamedTuple):
+class LoadedModel(NamedTuple):
     """A network that can go on with texts."""
 
     engine: Engine | Speculative
@@ -34,7 +34,7 @@ class Loaded(NamedTuple):
     draft: str = ""  # the identity of the network that proposes, and how far it is ahead
 
 
-def load(folder: Path, decode: config.Decode, mesh: config.Mesh, step: int = 0) -> Loaded:
+def load(folder: Path, decode: config.Decode, mesh: config.Mesh, step: int = 0) -> LoadedModel:
     """step: as in native.load. ValueError if the folder has no network or no tokenizer."""
     folder = folder.expanduser().absolute()
     model, context, tokenizer = settings(folder)
@@ -47,7 +47,7 @@ def load(folder: Path, decode: config.Decode, mesh: config.Mesh, step: int = 0) 
         end_tokens(folder, tokenizer, decode.stop_tokens),
         identity(folder, model, tokenizer, step),
     )
-    return Loaded(engine, params, tokenizer, context, ends, folder, known)
+    return LoadedModel(engine, params, tokenizer, context, ends, folder, known)
 
 
 def newest(folder: Path) -> int:
@@ -83,7 +83,7 @@ def identity(folder: Path, model: config.Model, tokenizer: Tokenizer, step: int)
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
-def form_of(loaded: Loaded, date: datetime.date | None) -> forms.Form:
+def form_of(loaded: LoadedModel, date: datetime.date | None) -> forms.Form:
     """How the model takes conversations. date: what it is told of the day; today where it asks for that."""
     tokenizer = loaded.tokenizer
     names = {i: name for name, i in tokenizer.special.items()}
@@ -111,7 +111,7 @@ def settings(folder: Path) -> tuple[config.Model, int, Tokenizer]:
     return model, context, tokenizer
 
 
-def with_draft(target: Loaded, draft: Loaded, proposals: int) -> Loaded:
+def with_draft(target: LoadedModel, draft: LoadedModel, proposals: int) -> LoadedModel:
     if target.tokenizer.fingerprint != draft.tokenizer.fingerprint:
         raise ValueError(
             f"--draft={draft.folder} has another tokenizer than {target.folder}: its proposals mean nothing"

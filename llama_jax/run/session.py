@@ -199,7 +199,7 @@ def prepare_once(data: config.Data, vocab_size: int) -> prepare.Prepared:
     return prepared
 
 
-class Result(NamedTuple):
+class RunResult(NamedTuple):
     """What a run has come to."""
 
     state: Any
@@ -209,7 +209,7 @@ class Result(NamedTuple):
     tokens: float  # trained on
     seconds: float  # of training
     seconds_here: float  # of these, in this session
-    rates: loop.Rates
+    rates: loop.FlopRates
     first: int  # step, of this session
     interrupted: str = ""  # by the signal of that name, before the last step
 
@@ -222,7 +222,7 @@ def train(
     prepared: prepare.Prepared,
     interrupt: Interrupt,
     make_console: Callable[[int, int], metrics.Console],
-) -> Result:
+) -> RunResult:
     """Train to the last step, from the newest checkpoint if there is one, in a workdir that is held.
 
     make_console(first, steps) shows how far it is.
@@ -309,7 +309,7 @@ def train(
     spent = (recorder.seconds, recorder.seconds - before.seconds)
     ended = "" if done == run.train.steps else interrupt.signal
     params = program.objective.params(state.params, frozen)
-    return Result(state, params, rows, results, recorder.tokens, *spent, rates, first, ended)
+    return RunResult(state, params, rows, results, recorder.tokens, *spent, rates, first, ended)
 
 
 def row_of(workdir: Path, step: int) -> metrics.Row:
@@ -380,11 +380,11 @@ def _progress(run: config.Run, record: dict[str, Any]) -> loop.Progress:
     return loop.Progress(record["seconds"], tokens, means)
 
 
-def figures(run: config.Run, program: programs.Program) -> loop.Rates:
+def figures(run: config.Run, program: programs.Program) -> loop.FlopRates:
     devices = jax.devices()
     peak = run.log.peak_tflops or hardware.find(devices[0].device_kind).bf16_tflops
     a_token = flops.per_token(program.module, run.data.seq_len, tree.paths(program.frozen))
-    return loop.Rates(a_token, peak * 1e12 * len(devices))
+    return loop.FlopRates(a_token, peak * 1e12 * len(devices))
 
 
 def validation(
@@ -427,7 +427,7 @@ def _over_sources(name: str, of: dict[str, float]) -> dict[str, float]:
 
 def card(
     run: config.Run,
-    result: Result,
+    result: RunResult,
     prepared: prepare.Prepared,
     command: str,
     more: dict[str, float] | None = None,

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 
 from llama_jax.study.record import Results
-from llama_jax.study.table import Row
+from llama_jax.study.table import TableRow
 
 LINES = ("-", "--", "-.", ":")
 
 
-def all_of(results: list[Results], rows: list[Row], seq_len: int, tested: bool) -> dict[str, str]:
+def all_of(
+    results: list[Results], rows: list[TableRow], seq_len: int, tested: bool
+) -> dict[str, str]:
     """Caption -> SVG; those that have something to show. Differences only where they are tested."""
     import matplotlib
 
@@ -91,7 +93,7 @@ def _curves(axes, results: list[Results], styles, x: str, label: str) -> None:
     axes.legend()
 
 
-def _differences(axes, rows: list[Row]) -> None:
+def _differences(axes, rows: list[TableRow]) -> None:
     known = [row for row in rows[1:] if not math.isnan(row.difference.low)][::-1]
     for y, row in enumerate(known):
         of = row.difference
@@ -104,7 +106,7 @@ def _differences(axes, rows: list[Row]) -> None:
     axes.set(xlabel=f"nats a token more than {rows[0].name} (left: better)")
 
 
-def _lengths(axes, rows: list[Row], styles, seq_len: int) -> None:
+def _lengths(axes, rows: list[TableRow], styles, seq_len: int) -> None:
     for row in rows:
         known = {n: of for n, of in row.by_length.items() if not math.isnan(of.mean)}
         lengths = [n * seq_len for n in known]

@@ -10,7 +10,7 @@ import numpy as np
 
 from llama_jax import config, files
 from llama_jax.analysis import runcard
-from llama_jax.eval.score import Scores
+from llama_jax.eval.score import WindowScores
 from llama_jax.study.grid import Cell, name_of, seeded
 from llama_jax.train import metrics
 
@@ -36,7 +36,7 @@ class Finished(NamedTuple):
     seed: int
     card: dict[str, Any]
     rows: list[metrics.Row]
-    scores: dict[int, Scores]  # by the multiple of the trained length
+    scores: dict[int, WindowScores]  # by the multiple of the trained length
 
 
 class Results(NamedTuple):
@@ -81,7 +81,7 @@ def at(results: Results, x: str, budget: float) -> float:
     return float(np.mean([np.interp(budget, places, one) for one in losses]))
 
 
-def write_scores(path: Path, scores: dict[int, Scores]) -> None:
+def write_scores(path: Path, scores: dict[int, WindowScores]) -> None:
     arrays = {
         f"{name}_{times}": value
         for times, score in scores.items()
@@ -92,12 +92,12 @@ def write_scores(path: Path, scores: dict[int, Scores]) -> None:
     files.write(path / SCORES, content.getvalue())
 
 
-def read_scores(path: Path) -> dict[int, Scores]:
+def read_scores(path: Path) -> dict[int, WindowScores]:
     with np.load(path / SCORES) as arrays:
         times = sorted(
             int(name.removeprefix("row_R_")) for name in arrays if name.startswith("row_R_")
         )
-        return {n: Scores(arrays[f"row_R_{n}"], arrays[f"position_T_{n}"]) for n in times}
+        return {n: WindowScores(arrays[f"row_R_{n}"], arrays[f"position_T_{n}"]) for n in times}
 
 
 def collect(workdir: Path, cells: list[Cell], seeds: int) -> list[Results]:

@@ -12,7 +12,7 @@ from llama_jax.study import plots, table
 from llama_jax.study.record import Results
 from llama_jax.study.schema import Study
 from llama_jax.study.statistics import Estimate
-from llama_jax.study.table import Row
+from llama_jax.study.table import TableRow
 
 QUICK = (
     "A quick look (preset 'quick'): it shows that everything works. Its runs are too short and too few to "
@@ -24,7 +24,7 @@ class Report(NamedTuple):
     title: str
     study: Study
     results: list[Results]
-    rows: list[Row]
+    rows: list[TableRow]
     commands: list[str]  # of the whole study, then of each run
 
     @property

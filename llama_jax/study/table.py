@@ -14,7 +14,7 @@ ALPHA = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class TableRow:
     """Losses are nats a token on held-out rows. NaN: not known, as after one seed."""
 
     name: str
@@ -43,7 +43,7 @@ class Row:
         return "better" if self.difference.mean < 0 else "worse"
 
 
-def rows(results: list[Results], lengths: tuple[int, ...], block: int) -> list[Row]:
+def rows(results: list[Results], lengths: tuple[int, ...], block: int) -> list[TableRow]:
     """block: rows that lie together in the text."""
     base, done = results[0], [one for one in results if one.runs]
     devices = {str(run.card["hardware"]) for one in done for run in one.runs}
@@ -57,7 +57,7 @@ def rows(results: list[Results], lengths: tuple[int, ...], block: int) -> list[R
     differences = [estimate(_paired(base, one)) for one in results]
     corrected = [math.nan, *statistics.holm([one.p for one in differences[1:]])]
     return [
-        Row(
+        TableRow(
             name=one.cell.name,
             seeds=len(one.runs),
             failed=len({*one.failures, *base.failures}),
@@ -77,7 +77,7 @@ def rows(results: list[Results], lengths: tuple[int, ...], block: int) -> list[R
     ]
 
 
-def ranked(rows: list[Row]) -> list[Row]:
+def ranked(rows: list[TableRow]) -> list[TableRow]:
     """The base first, the others from the lowest loss."""
     worst_last = lambda row: (math.isnan(row.loss.mean), row.loss.mean)  # noqa: E731
     return [rows[0], *sorted(rows[1:], key=worst_last)]

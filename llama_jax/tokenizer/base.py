@@ -76,7 +76,7 @@ def named(tokenizer: Tokenizer) -> dict[str, Any]:
     return {**ends, "prefix": list(tokenizer.prefix), "special": tokenizer.special}
 
 
-def load(tokenizer: config.Tokenizer, additions: Additions = NONE) -> Tokenizer:
+def load(tokenizer: config.TokenizerConfig, additions: Additions = NONE) -> Tokenizer:
     """The tokenizer that the config names, with what a checkpoint adds to it.
 
     Kind "folder" has its own additions. ValueError on a file that is missing or is not one.

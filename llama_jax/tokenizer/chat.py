@@ -48,7 +48,7 @@ class Message:
 
 
 @dataclasses.dataclass(frozen=True)
-class Format:
+class PromptFormat:
     """How a family of models reads and writes conversations; `write` with `reply` ends where the
     model's answer begins. `read` undoes `write`, with or without the answer's ids behind.
 
@@ -277,6 +277,6 @@ def _check_llama3(messages: Sequence[Message], reply: bool) -> None:
 
 
 FORMATS = {
-    "llama2": Format(write_llama2, read_llama2, answer_llama2),
-    "llama3": Format(write_llama3, read_llama3, answer_llama3),
+    "llama2": PromptFormat(write_llama2, read_llama2, answer_llama2),
+    "llama3": PromptFormat(write_llama3, read_llama3, answer_llama3),
 }

@@ -19,7 +19,7 @@ MODEL, OF_MODEL = "model.json", "tokenizer_additions"  # its entry
 _OURS = (MODEL, "run.json", "meta.json")  # of a converted model, a run, rows
 
 
-def read(folder: str) -> tuple[config.Tokenizer, Additions]:
+def read(folder: str) -> tuple[config.TokenizerConfig, Additions]:
     """The tokenizer that a folder holds. ValueError if it holds none, or one that cannot be read."""
     folder = os.path.abspath(os.path.expanduser(folder))
     file = os.path.join(folder, FILE)
@@ -35,7 +35,7 @@ def read(folder: str) -> tuple[config.Tokenizer, Additions]:
         )
     with open(file, "rb") as opened:
         kind = kind_of(opened.read(_BEGINNING_BYTES))
-    return config.Tokenizer(kind, file), additions(folder)
+    return config.TokenizerConfig(kind, file), additions(folder)
 
 
 _BEGINNING_BYTES = 1 << 12

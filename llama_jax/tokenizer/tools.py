@@ -20,7 +20,7 @@ _UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class ToolCallForm:
     write: Callable[[Sequence[Call]], str]
     python: bool  # behind <|python_tag|>
     end: str  # "eom" waits for the result
@@ -170,9 +170,9 @@ def _dotted(node: ast.expr) -> str:
 
 
 FORMS = {
-    "builtin": Form(_write_builtin, python=True, end="eom"),
-    "code": Form(_write_code, python=True, end="eom"),
-    "json": Form(_write_json, python=False, end="eot"),
-    "function": Form(_write_function, python=False, end="eot"),
-    "list": Form(_write_list, python=False, end="eot"),
+    "builtin": ToolCallForm(_write_builtin, python=True, end="eom"),
+    "code": ToolCallForm(_write_code, python=True, end="eom"),
+    "json": ToolCallForm(_write_json, python=False, end="eot"),
+    "function": ToolCallForm(_write_function, python=False, end="eot"),
+    "list": ToolCallForm(_write_list, python=False, end="eot"),
 }

@@ -22,7 +22,7 @@ class Anomaly(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rates:
+class FlopRates:
     """What turns tokens and seconds into the figures of a row."""
 
     flops_per_token: float
@@ -72,7 +72,7 @@ class Recorder:
     def __init__(
         self,
         run: config.Run,
-        rates: Rates,
+        rates: FlopRates,
         writers: list[Writer],
         console: Console,
         before: Progress,

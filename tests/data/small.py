@@ -38,7 +38,7 @@ def files(folder, name="corpus", pattern="*.txt", **fields):
 
 
 def data_of(tmp_path, *sources, seq_len=13, **fields):
-    fields = {"tokenizer": config.Tokenizer("byte"), "threads": 2, **fields}
+    fields = {"tokenizer": config.TokenizerConfig("byte"), "threads": 2, **fields}
     return config.Data(
         sources=tuple(sources), seq_len=seq_len, cache=str(tmp_path / "cache"), **fields
     )

@@ -83,7 +83,7 @@ def test_whatever_decides_the_rows_changes_their_fingerprint_and_nothing_else_do
         change(data, sources=(files(folder, pattern="doc1*.txt"),)),
     ]
     prints = {before, *map(fingerprint, others)}
-    sp_data = change(data, tokenizer=config.Tokenizer("sp"))
+    sp_data = change(data, tokenizer=config.TokenizerConfig("sp"))
     prints |= {prepare.prepare(sp_data, size, quiet).fingerprint for size in (283, 284)}
     (folder / "doc03.txt").write_text("other text\n" * 9)
     prints.add(fingerprint(data))
@@ -93,7 +93,9 @@ def test_whatever_decides_the_rows_changes_their_fingerprint_and_nothing_else_do
 def test_a_tokenizer_is_trained_on_the_training_split_kept_beside_the_rows_and_reused(
     tmp_path, monkeypatch
 ):
-    data = data_of(tmp_path, files(write_texts(tmp_path / "t", 30)), tokenizer=config.Tokenizer())
+    data = data_of(
+        tmp_path, files(write_texts(tmp_path / "t", 30)), tokenizer=config.TokenizerConfig()
+    )
     seen = []
     train = prepare.sp.train
 
@@ -134,7 +136,7 @@ def test_rows_have_the_tokens_that_a_checkpoint_adds(tmp_path):
         (place / "tokenizer.model").write_bytes(small.sentencepiece(259))
         said = {} if additions is None else {"tokenizer_additions": in_folder.to_dict(additions)}
         (place / "model.json").write_text(json.dumps(said))
-        data = data_of(tmp_path, *sources, tokenizer=config.Tokenizer("folder", str(place)))
+        data = data_of(tmp_path, *sources, tokenizer=config.TokenizerConfig("folder", str(place)))
         return prepare.prepare(data, vocab_size, quiet)
 
     end = Additions((AddedToken(270, "<|im_end|>"),), eos=270)
@@ -145,7 +147,7 @@ def test_rows_have_the_tokens_that_a_checkpoint_adds(tmp_path):
     assert [(2 in of, 270 in of) for of in ids] == [(True, False), (False, True)]
     store = other.sources[0].store.folder
     made = config.Source("corpus", "rows", store)
-    given = data_of(tmp_path, made, tokenizer=config.Tokenizer())
+    given = data_of(tmp_path, made, tokenizer=config.TokenizerConfig())
     assert prepare.prepare(given, 300, quiet).tokenizer.eos == 270
     with pytest.raises(ValueError, match=rf"kind='folder' and data.tokenizer.path='{store}'"):
         prepared("plain", None, sources=(made,))
@@ -165,7 +167,7 @@ def test_a_vocabulary_that_differs_from_the_tokenizers_is_refused(tmp_path):
 
 def test_rows_made_before_are_a_source_and_must_fit(tmp_path):
     text = files(write_texts(tmp_path / "t", 30))
-    data = data_of(tmp_path, text, tokenizer=config.Tokenizer())
+    data = data_of(tmp_path, text, tokenizer=config.TokenizerConfig())
     first = prepare.prepare(data, 290, quiet)
     shutil.copytree(first.sources[0].store.folder, tmp_path / "made")
     made = config.Source(name="made", kind="rows", path=str(tmp_path / "made"))
@@ -191,7 +193,7 @@ def test_rows_made_before_are_a_source_and_must_fit(tmp_path):
         sources=(config.Source("gone", "rows", "rows/gone"),),
     )
     message(r"vocab_size=777 but the tokenizer \(.*made/tokenizer.model\) has 290", 777)
-    byte = config.Tokenizer("byte")
+    byte = config.TokenizerConfig("byte")
     message(
         r"made with another tokenizer \(sp, 290 tokens\) than byte; "
         r"set data.tokenizer.kind='sp' and data.tokenizer.path='.*made/tokenizer.model'",
@@ -254,7 +256,7 @@ def test_best_fit_rows_hold_all_the_text(tmp_path):
 def test_a_long_document_in_pieces_gives_the_same_rows(tmp_path, monkeypatch, packing):
     folder = write_texts(tmp_path / "t", 2, lines=300)
     data = data_of(tmp_path, files(folder), seq_len=50, packing=packing)
-    data = dataclasses.replace(data, tokenizer=config.Tokenizer())
+    data = dataclasses.replace(data, tokenizer=config.TokenizerConfig())
     whole = prepare.prepare(data, 290, quiet)
     monkeypatch.setattr("llama_jax.data.documents.BLOCK", 512)
     monkeypatch.setattr(prepare, "CHUNK_CHARS", 3000)
@@ -267,7 +269,9 @@ def test_a_long_document_in_pieces_gives_the_same_rows(tmp_path, monkeypatch, pa
 
 
 def test_two_processes_at_once_end_well(tmp_path):
-    data = data_of(tmp_path, files(write_texts(tmp_path / "t", 30)), tokenizer=config.Tokenizer())
+    data = data_of(
+        tmp_path, files(write_texts(tmp_path / "t", 30)), tokenizer=config.TokenizerConfig()
+    )
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         made = list(pool.map(lambda _: prepare.prepare(data, 290, quiet), range(4)))
     assert len({prepared.fingerprint for prepared in made}) == 1
@@ -304,7 +308,7 @@ from llama_jax import config
 from llama_jax.data import prepare
 for name, field in (("tiny_text:1.0.0", "body"), ("tiny_text", "text"), ("no_such_text", "body")):
     of = config.Source(name="t", kind="tfds", path=name, text_field=field)
-    data = config.Data(sources=(of,), seq_len=7, tokenizer=config.Tokenizer("byte"),
+    data = config.Data(sources=(of,), seq_len=7, tokenizer=config.TokenizerConfig("byte"),
                        validation_fraction=0.3, cache=sys.argv[1])
     try:
         prepared = prepare.prepare(data, 259, lambda line: None)

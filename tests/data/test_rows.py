@@ -18,7 +18,7 @@ def store(folder, counts=None, vocab_size=500, segments=False, final=None):
     counts = counts or {"train": 37, "validation": 5}
     written = {
         split: [
-            pack.Row(
+            pack.PackedRow(
                 rng.integers(0, vocab_size, LENGTH + 1),
                 np.sort(rng.integers(0, 4, LENGTH + 1)) if segments else None,
             )
@@ -41,7 +41,7 @@ def store(folder, counts=None, vocab_size=500, segments=False, final=None):
             )
             for split in counts
         }
-        meta = rows.Meta(
+        meta = rows.StoreMetadata(
             seq_len=LENGTH,
             packing="concat",
             vocab_size=vocab_size,

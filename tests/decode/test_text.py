@@ -1,13 +1,13 @@
 import pytest
 
-from llama_jax.decode.text import Text
+from llama_jax.decode.text import GeneratedText
 from llama_jax.tokenizer import byte
 
 END = 999
 
 
 def said(tokens, *stop, most=100):
-    text = Text(byte.Byte(), [], {END}, stop, most)
+    text = GeneratedText(byte.Byte(), [], {END}, stop, most)
     shown = []
     for token in tokens:
         shown.append(text.feed(token))

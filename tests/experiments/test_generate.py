@@ -15,10 +15,10 @@ import pytest
 from experiments import cli
 from llama_jax import config
 from llama_jax.convert import native
-from llama_jax.decode.generate import Result
+from llama_jax.decode.generate import Completion
 from llama_jax.decode.text import repeats
 from llama_jax.run import chat, prompt_file
-from llama_jax.run.loading import Loaded, form_of
+from llama_jax.run.loading import LoadedModel, form_of
 from llama_jax.tokenizer import base, byte
 from tests.convert import small
 from tests.experiments import helpers
@@ -142,7 +142,7 @@ def test_a_wrong_line_is_named_before_anything_runs(tmp_path, text, message):
     source = tmp_path / "p.jsonl"
     source.write_text(text)
     engine = SimpleNamespace(decode=config.Decode(max_new_tokens=40))
-    loaded = Loaded(engine, None, byte.Byte(), 256, frozenset(), tmp_path, "")
+    loaded = LoadedModel(engine, None, byte.Byte(), 256, frozenset(), tmp_path, "")
     with pytest.raises(ValueError, match=message) as error:
         prompt_file.begin(loaded, source, tmp_path / "o", None)
     assert len(str(error.value).splitlines()) == 1
@@ -239,7 +239,7 @@ class Scripted:
         self.asked.append(request.tokens)
         text, tokens, last = self.answers.pop(0)
         listen(0, text)
-        yield 0, Result(tokens, [], [], text, "stop" if last else "length", last)
+        yield 0, Completion(tokens, [], [], text, "stop" if last else "length", last)
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +247,7 @@ def llama3(tmp_path_factory):
     tokens = [bytes([i]) for i in range(256)]
     path = tmp_path_factory.mktemp("bpe") / "ranks"
     path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(t), i) for i, t in enumerate(tokens)))
-    return base.load(config.Tokenizer("bpe", str(path)))
+    return base.load(config.TokenizerConfig("bpe", str(path)))
 
 
 def talk(monkeypatch, tmp_path, tokenizer, typed, answers, context=2000, system=""):
@@ -256,7 +256,7 @@ def talk(monkeypatch, tmp_path, tokenizer, typed, answers, context=2000, system=
     monkeypatch.setattr(chat, "Decoder", lambda *_: scripted)
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     engine = SimpleNamespace(decode=config.Decode(max_new_tokens=50))
-    loaded = Loaded(engine, None, tokenizer, context, frozenset(), tmp_path, "")
+    loaded = LoadedModel(engine, None, tokenizer, context, frozenset(), tmp_path, "")
     one = chat.Chat(loaded, form_of(loaded, None), system)
     assert one.run() == 0
     return one

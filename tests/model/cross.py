@@ -72,7 +72,7 @@ def stored_a_token(model):
 
 
 ROWS = tuple(
-    names.Row(
+    names.TensorRow(
         f"groups/{{block}}/{path}",
         letters,
         torch,

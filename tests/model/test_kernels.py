@@ -89,7 +89,7 @@ def test_splash_has_the_numbers_of_the_reference(devices, count, layout):
 def test_splash_caps_scores_as_the_reference(layout):
     rng = np.random.default_rng(0)
     q, k, v, weight = (rng.normal(size=(1, 2, 128, 128)).astype(np.float32) for _ in range(4))
-    q, capped = 4 * q, kernels.Scores(softcap=0.5)
+    q, capped = 4 * q, kernels.ScoreRule(softcap=0.5)
 
     value = same_numbers(
         lambda *qkv: kernels.splash(*qkv, OneSegment(), layout, capped),

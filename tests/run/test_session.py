@@ -53,7 +53,7 @@ def play(monkeypatch, tmp_path, run_loop, checkpoints, first=0):
     for module, name, value in (
         (session.checkpoint, "Checkpoints", lambda *_: checkpoints),
         (session, "start", lambda *_: (SimpleNamespace(step=first, params={}), BEFORE)),
-        (session, "figures", lambda *_: loop.Rates(1.0, 0.0)),
+        (session, "figures", lambda *_: loop.FlopRates(1.0, 0.0)),
         (session.provenance, "describe", lambda _: {}),
         (session.iterator, "train", lambda *_: iter(())),
         (session.iterator, "bytes_per_token", lambda *_: {}),
@@ -72,7 +72,7 @@ def play(monkeypatch, tmp_path, run_loop, checkpoints, first=0):
         ),
     )
     console = SimpleNamespace(close=lambda: None, write=lambda _: None)
-    prepared = SimpleNamespace(tokenizer_config=config.Tokenizer("byte"), additions=NONE)
+    prepared = SimpleNamespace(tokenizer_config=config.TokenizerConfig("byte"), additions=NONE)
     with Interrupt() as interrupt, session.holding(tmp_path, RUN) as lease:
         return session.train(
             RUN, tmp_path, lease, machine, prepared, interrupt, lambda first, steps: console

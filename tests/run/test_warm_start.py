@@ -12,7 +12,7 @@ import pytest
 
 from llama_jax import config, sharding, tree
 from llama_jax.convert import compare, formats, native
-from llama_jax.convert.source import Tokenizer as TokenizerFile
+from llama_jax.convert.source import TokenizerFile
 from llama_jax.model import transformer
 from llama_jax.run import warm_start
 from llama_jax.run.loading import form_of, load
@@ -346,5 +346,5 @@ def test_a_tokenizer_that_lacks_what_the_model_adds_is_refused(tmp_path, additio
     message = f"has another tokenizer than data.tokenizer: {other} data.tokenizer.kind='folder'"
     with pytest.raises(ValueError, match=message):
         warm_start.check(run, program, SimpleNamespace(tokenizer=file.load()))
-    own = tokenizers.load(config.Tokenizer("folder", str(tmp_path)))
+    own = tokenizers.load(config.TokenizerConfig("folder", str(tmp_path)))
     warm_start.check(run, program, SimpleNamespace(tokenizer=own))

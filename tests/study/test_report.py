@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs.ablations import position
-from llama_jax.eval.score import Scores
+from llama_jax.eval.score import WindowScores
 from llama_jax.study import grid, record, report, schema, table
 from llama_jax.study.record import Finished, Results
 
@@ -39,7 +39,7 @@ def finished(cell, seed, loss, curve, hardware="cpu", lengths=(1,)):
         "hardware": {"device": hardware, "devices": 1}, "results": {"memory_gib": 0.25},
         "provenance": {"code": "abc", "data": "text"}, "command": f"run {cell.name} {seed}",
     }  # fmt: skip
-    scores = {n: Scores(loss + n - 1 + spread, np.full(4, loss)) for n in lengths}
+    scores = {n: WindowScores(loss + n - 1 + spread, np.full(4, loss)) for n in lengths}
     return Finished(seed, card, rows, scores)
 
 

@@ -28,7 +28,7 @@ def model_file(shared):
 
 
 def _load(name: str, path):
-    return base.load(config.Tokenizer(KINDS[name], str(path)))
+    return base.load(config.TokenizerConfig(KINDS[name], str(path)))
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +57,7 @@ def small(tmp_path_factory):
     tokens = [bytes([i]) for i in range(256)] + [b"ab", b" a", b" ab"]
     path = tmp_path_factory.mktemp("bpe") / "ranks"
     path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(t), i) for i, t in enumerate(tokens)))
-    return base.load(config.Tokenizer("bpe", str(path)))
+    return base.load(config.TokenizerConfig("bpe", str(path)))
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,9 @@ from llama_jax.tokenizer import base
 
 def test_every_kind_of_the_config_has_a_slot():
     for kind in base.KINDS:
-        config.Tokenizer(kind, "" if kind == "byte" else "x")
+        config.TokenizerConfig(kind, "" if kind == "byte" else "x")
     with pytest.raises(ValueError, match=r"data.tokenizer.kind='bytes' .* nearest: 'byte'"):
-        config.Tokenizer("bytes")
+        config.TokenizerConfig("bytes")
 
 
 def test_no_jax_and_no_tokenizer_library_until_needed():

@@ -113,4 +113,4 @@ def test_a_wrong_file_is_named_with_its_line(tmp_path):
         if content is not None:
             (tmp_path / name).write_bytes(b"".join(content))
         with pytest.raises(ValueError, match=message):
-            base.load(config.Tokenizer("bpe", str(tmp_path / name)))
+            base.load(config.TokenizerConfig("bpe", str(tmp_path / name)))

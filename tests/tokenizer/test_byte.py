@@ -5,7 +5,7 @@ TEXT = "A line.\n\tnaïve 日本語 🙂\r\n"
 
 
 def test_ids_are_the_bytes_of_utf8():
-    tokenizer = base.load(config.Tokenizer("byte"))
+    tokenizer = base.load(config.TokenizerConfig("byte"))
     assert tokenizer.encode(TEXT) == list(TEXT.encode("utf-8"))
     batch = tokenizer.encode_batch([TEXT, "", "b"], 2)
     assert [ids.tolist() for ids in batch] == [list(TEXT.encode()), [], [98]]
@@ -13,7 +13,7 @@ def test_ids_are_the_bytes_of_utf8():
 
 
 def test_specials_follow_the_bytes_and_decode_to_nothing():
-    tokenizer = base.load(config.Tokenizer("byte"))
+    tokenizer = base.load(config.TokenizerConfig("byte"))
     assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos, tokenizer.pad) == (
         259,
         256,
@@ -24,4 +24,4 @@ def test_specials_follow_the_bytes_and_decode_to_nothing():
 
 
 def test_half_a_character_decodes_to_a_replacement():
-    assert base.load(config.Tokenizer("byte")).decode(list("é".encode())[:1]) == "\ufffd"
+    assert base.load(config.TokenizerConfig("byte")).decode(list("é".encode())[:1]) == "\ufffd"

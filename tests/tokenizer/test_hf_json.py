@@ -113,15 +113,15 @@ def test_a_file_that_is_no_tokenizer(tmp_path):
     for text, words in (("{}", "is not a tokenizer.json"), ("[", "is not a tokenizer.json")):
         (tmp_path / "tokenizer.json").write_text(text)
         with pytest.raises(ValueError, match=words):
-            base.load(config.Tokenizer("json", str(tmp_path / "tokenizer.json")))
+            base.load(config.TokenizerConfig("json", str(tmp_path / "tokenizer.json")))
     with pytest.raises(ValueError, match="cannot be read"):
-        base.load(config.Tokenizer("json", str(tmp_path / "absent")))
+        base.load(config.TokenizerConfig("json", str(tmp_path / "absent")))
     with pytest.raises(ValueError, match=r"must name the tokenizer\.json of kind 'json'"):
-        config.Tokenizer("json")
+        config.TokenizerConfig("json")
 
 
 def test_the_library_is_asked_for_where_it_is_absent(tmp_path, content, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"pip install 'llama_jax\[tokenizers\]'"):
-        base.load(config.Tokenizer("json", str(tmp_path / "tokenizer.json")))
+        base.load(config.TokenizerConfig("json", str(tmp_path / "tokenizer.json")))

@@ -31,8 +31,8 @@ def folder(tmp_path, **files):
 def test_additions_of_models_runs_and_rows_are_read(tmp_path, files):
     place = folder(tmp_path, **files)
     own, additions = in_folder.read(str(place))
-    assert (own, additions) == (config.Tokenizer("sp", f"{place}/tokenizer.model"), ADDED)
-    loaded = base.load(config.Tokenizer("folder", str(place)))
+    assert (own, additions) == (config.TokenizerConfig("sp", f"{place}/tokenizer.model"), ADDED)
+    loaded = base.load(config.TokenizerConfig("folder", str(place)))
     assert (loaded.eos, loaded.vocab_size) == (45, 47)
     assert 46 in loaded.encode("<x>")
 
@@ -61,9 +61,9 @@ def test_the_byte_tokenizer_has_no_file(tmp_path):
     with pytest.raises(
         ValueError, match=r"holds no tokenizer.model; .* data.tokenizer.kind='byte'"
     ):
-        base.load(config.Tokenizer("folder", str(tmp_path)))
+        base.load(config.TokenizerConfig("folder", str(tmp_path)))
 
 
 def test_a_folder_under_another_kind_is_told_the_kind(tmp_path):
     with pytest.raises(ValueError, match=r"is a folder; set data.tokenizer.kind='folder'"):
-        base.load(config.Tokenizer("sp", str(folder(tmp_path, model={}))))
+        base.load(config.TokenizerConfig("sp", str(folder(tmp_path, model={}))))

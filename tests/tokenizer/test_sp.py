@@ -183,4 +183,4 @@ def test_a_file_that_is_missing_or_no_model_is_named(tmp_path, trained):
         if content is not None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
-            base.load(config.Tokenizer("sp", str(tmp_path / name)))
+            base.load(config.TokenizerConfig("sp", str(tmp_path / name)))

@@ -7,7 +7,7 @@ from llama_jax.tokenizer import base
 @pytest.fixture(params=["byte", "small", "tiny"])
 def tokenizer(request):
     if request.param == "byte":
-        return base.load(config.Tokenizer("byte"))
+        return base.load(config.TokenizerConfig("byte"))
     return request.getfixturevalue(request.param)
 
 

@@ -56,7 +56,7 @@ def play(run, first=0, step=None, interrupt=None, rates=None, means=None):
         return State(state.step + 1), metrics(loss=10.0 - state.step)
 
     recorder = loop.Recorder(
-        run, rates or loop.Rates(100.0, 0.0), [], console, loop.Progress(means=means or {})
+        run, rates or loop.FlopRates(100.0, 0.0), [], console, loop.Progress(means=means or {})
     )
     result = loop.run(
         run, State(first), step or plain, lambda finished, state: next(batches),
@@ -248,7 +248,9 @@ def test_tokens_rates_and_stall_are_of_the_time_between_rows(monkeypatch):
         return State(state.step + 1), metrics(tokens=32 + state.step)
 
     run, console = a_run(steps=4, log=2), Console()
-    recorder = loop.Recorder(run, loop.Rates(100.0, 3200.0), [], console, loop.Progress(10.0, 5.0))
+    recorder = loop.Recorder(
+        run, loop.FlopRates(100.0, 3200.0), [], console, loop.Progress(10.0, 5.0)
+    )
     loop.run(
         run, State(0), step, slow, evaluate=lambda _: {}, save=lambda *_: None,
         recorder=recorder, interrupt=Interrupt(),

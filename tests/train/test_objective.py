@@ -141,11 +141,11 @@ def test_aux_are_in_the_rows_of_the_metrics_file(layout, tmp_path):
     )
     start, advance = regress(layout, parts=2)
     batches = [points(weights(total, seed), seed) for seed, total in enumerate((4, 9, 3, 1, 2))]
-    loaded = iter([iterator.Loaded(batch, np.zeros(0), np.zeros(0)) for batch in batches])
+    loaded = iter([iterator.LoadedBatch(batch, np.zeros(0), np.zeros(0)) for batch in batches])
     file = tmp_path / "metrics.jsonl"
     console = metrics.Console(0, 5, quiet=True)
     recorder = loop.Recorder(
-        run, loop.Rates(1, 0), [metrics.jsonl(file, 0)], console, loop.Progress()
+        run, loop.FlopRates(1, 0), [metrics.jsonl(file, 0)], console, loop.Progress()
     )
     asked = []
     loop.run(
