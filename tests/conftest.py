@@ -28,7 +28,11 @@ import signal
 import jax
 import pytest
 
-from llama_jax import config, sharding
+from tests import letters
+
+letters.install()  # before anything of llama_jax is imported
+
+from llama_jax import config, sharding  # noqa: E402
 
 # A suite started in the background of a shell inherits an ignored SIGINT, and so would the commands it
 # starts; with a handler in their parent they begin with the default.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from llama_jax import config
 from llama_jax.decode import sample
@@ -95,7 +96,8 @@ class Engine:
         up to there has the same bits whatever follows. ValueError if a prompt has more tokens than the cache
         has slots, unless attention has a window.
         """
-        said, seen_V = None, None
+        said: Any = None
+        seen_V = None
         slots = cache.slots(self.module, rows.cache)
         if len(tokens) > slots and not self.window:
             raise ValueError(
@@ -152,7 +154,18 @@ def places(model: config.Model, length: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("module", "sampling"), donate_argnames=("rows",))
-def begin(module, params, sampling, rows: BatchSlots, tokens_T, start, length, row, key, seen_V):
+def begin(
+    module: Transformer,
+    params: Any,
+    sampling: config.Decode,
+    rows: BatchSlots,
+    tokens_T: jax.Array,
+    start: ArrayLike,
+    length: ArrayLike,
+    row: ArrayLike,
+    key: jax.Array,
+    seen_V: jax.Array | None,
+) -> tuple[BatchSlots, Said]:
     """The tokens `start` to `start + length` of a row's prompt, and what it says after them.
 
     seen_V: those of the whole prompt, for a repetition penalty.
@@ -173,14 +186,16 @@ def begin(module, params, sampling, rows: BatchSlots, tokens_T, start, length, r
     one = BatchSlots(changed[cache.CACHE], tokens_T[:1], end_1, key[None], seen_1V)
     one, *likely = _said(sampling, logits_1V, one)
     rows = placed(module, jax.tree.map(lambda held, new: held.at[row].set(new[0]), rows, one))
-    said = Said(*(x_1[:, None] for x_1 in (one.token_B, *likely)), jnp.ones(1, jnp.int32))
+    said = Said(*(x_1[:, None] for x_1 in (one.token_B, *likely)), count_B=jnp.ones(1, jnp.int32))
     return rows, everywhere(module, said)
 
 
 @functools.partial(
     jax.jit, static_argnames=("module", "sampling", "steps"), donate_argnames=("rows",)
 )
-def advance(module, params, sampling, rows: BatchSlots, steps: int):
+def advance(
+    module: Transformer, params: Any, sampling: config.Decode, rows: BatchSlots, steps: int
+) -> tuple[BatchSlots, Said]:
     """`steps` more tokens of every row."""
 
     def one(rows: BatchSlots, _):
@@ -195,28 +210,28 @@ def advance(module, params, sampling, rows: BatchSlots, steps: int):
     if alone:
         rows = rows._replace(cache=cache.with_rows(rows.cache))
     rows = placed(module, rows)
-    said = Said(*(x_XB.T for x_XB in said), jnp.full(len(rows.token_B), steps))
+    said = Said(*(x_XB.T for x_XB in said), count_B=jnp.full(len(rows.token_B), steps))
     return rows, everywhere(module, said)
 
 
-def placed(module, rows: BatchSlots) -> BatchSlots:
+def placed(module: Transformer, rows: BatchSlots) -> BatchSlots:
     """As `Engine.rows` places them."""
     kept = cache.placed(module, rows.cache)
     rest = jax.lax.with_sharding_constraint(rows[1:], module.layout.replicated)
     return BatchSlots(kept, *rest)
 
 
-def everywhere(module, said: Said) -> Said:
+def everywhere(module: Transformer, said: Said) -> Said:
     """For every host to read."""
     return jax.lax.with_sharding_constraint(said, module.layout.replicated)
 
 
 @functools.partial(jax.jit, donate_argnames=("held",))
-def copy(held, source, to):
+def copy(held: Any, source: ArrayLike, to: ArrayLike) -> Any:
     return jax.tree.map(lambda x: x.at[to].set(x[source]), held)
 
 
-def step(module, params, rows: BatchSlots) -> tuple[jax.Array, BatchSlots]:
+def step(module: Transformer, params: Any, rows: BatchSlots) -> tuple[jax.Array, BatchSlots]:
     """Logits of the next token of every row; the last one is in the cache, and the position its."""
     real_B = rows.position_B >= 0
     hidden, changed = module.apply(
@@ -239,15 +254,17 @@ def _said(sampling, logits_BV, rows: BatchSlots) -> tuple[BatchSlots, jax.Array,
     return rows, *logprobs_of(own_BV, token_B, sampling)
 
 
-def logprobs_of(logits_BV, token_B, sampling) -> tuple[jax.Array, jax.Array]:
+def logprobs_of(
+    logits: jax.Array, tokens: jax.Array, sampling: config.Decode
+) -> tuple[jax.Array, jax.Array]:
     """Of sampled tokens: untempered, and at the sampling temperature. Any dimensions before V."""
-    own_B = logprobs.of_logits(logits_BV, token_B)
+    own = logprobs.of_logits(logits, tokens)
     if sampling.temperature in (0, 1):
-        return own_B, own_B if sampling.temperature else jnp.zeros_like(own_B)
-    return own_B, logprobs.of_logits(logits_BV, token_B, sampling.temperature)
+        return own, own if sampling.temperature else jnp.zeros_like(own)
+    return own, logprobs.of_logits(logits, tokens, sampling.temperature)
 
 
-def keys_at(keys, positions):
+def keys_at(keys: jax.Array, positions: jax.Array) -> jax.Array:
     """The key of each position, of the text's own [positions' shape]."""
     fold = jax.random.fold_in
     for _ in positions.shape:

@@ -22,33 +22,33 @@ def choose(logits_BV: jax.Array, keys_B: jax.Array, decode: config.Decode) -> ja
     return drawn_B.astype(jnp.int32)
 
 
-def narrowed(logits_BV: jax.Array, decode: config.Decode) -> jax.Array:
-    """float32 logits of what is drawn from, at the temperature; -inf of what never is. [..., V]"""
-    logits_BV = logits_BV.astype(jnp.float32) / decode.temperature
+# Of logits [..., V]: speculative decoding has several positions of each row.
+def narrowed(logits: jax.Array, decode: config.Decode) -> jax.Array:
+    """float32 logits of what is drawn from, at the temperature; -inf of what never is."""
+    logits = logits.astype(jnp.float32) / decode.temperature
     for name, narrow in FILTERS.items():
         if (setting := getattr(decode, name)) != getattr(_ALL, name):
-            logits_BV = jnp.where(narrow(logits_BV, setting), logits_BV, NEVER)
-    return logits_BV
+            logits = jnp.where(narrow(logits, setting), logits, NEVER)
+    return logits
 
 
-def top_k(logits_BV, k: int):
+def top_k(logits: jax.Array, k: int) -> jax.Array:
     """The k likeliest (arXiv:1805.04833 section 5.4), and what is as likely as the last of them."""
-    k = min(k, logits_BV.shape[-1])
-    return logits_BV >= jax.lax.top_k(logits_BV, k)[0][..., -1:]
+    k = min(k, logits.shape[-1])
+    return logits >= jax.lax.top_k(logits, k)[0][..., -1:]
 
 
-def top_p(logits_BV, p: float):
+def top_p(logits: jax.Array, p: float) -> jax.Array:
     """The fewest, likeliest first, that have probability p together (arXiv:1904.09751 section 3.1)."""
-    order_BV = jnp.argsort(logits_BV, axis=-1, descending=True)
-    sorted_BV = jnp.take_along_axis(jax.nn.softmax(logits_BV, axis=-1), order_BV, axis=-1)
-    before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV
-    place_BV = jnp.argsort(order_BV, axis=-1)
-    return jnp.take_along_axis(before_BV < p, place_BV, axis=-1)
+    order = jnp.argsort(logits, axis=-1, descending=True)
+    descending = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), order, axis=-1)
+    before = jnp.cumsum(descending, axis=-1) - descending
+    return jnp.take_along_axis(before < p, jnp.argsort(order, axis=-1), axis=-1)
 
 
-def min_p(logits_BV, p: float):
+def min_p(logits: jax.Array, p: float) -> jax.Array:
     """Those of at least p times the highest probability (arXiv:2407.01082 section 3)."""
-    return logits_BV >= jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(p)
+    return logits >= jnp.max(logits, axis=-1, keepdims=True) + jnp.log(p)
 
 
 def penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Array:

@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from llama_jax import dims
 from llama_jax.model import kernels
-from llama_jax.model.context import Context
+from llama_jax.model.context import Cached, Context
 from llama_jax.model.kernels import ScoreRule
 
 CACHE = "cache"
@@ -26,7 +27,7 @@ KEYS_AND_VALUES = {"k": "BKHS", "v": "BKSH"}
 SCALE = "_scale"  # ends the name of what int8 keys or values are multiplied by
 
 
-def empty(module, dtype: str, **sizes: int) -> dict[str, Any]:
+def empty(module: Any, dtype: str, **sizes: int) -> dict[str, Any]:
     """The cache of a network (`unstacked`) before the first token: `empty(module, "bfloat16", B=3, S=128)`.
 
     sizes: of the letters that no setting of the model fixes. dtype: of keys and values; "int8" ones have a
@@ -37,7 +38,7 @@ def empty(module, dtype: str, **sizes: int) -> dict[str, Any]:
     return jax.jit(zeros, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))()
 
 
-def abstract(module, dtype: str, **sizes: int) -> dict[str, Any]:
+def abstract(module: Any, dtype: str, **sizes: int) -> dict[str, Any]:
     """Shapes, dtypes and shardings of a cache; no memory."""
     model, layout = module.config, module.layout
     layout.check_rows(sizes["B"])
@@ -66,7 +67,7 @@ def abstract(module, dtype: str, **sizes: int) -> dict[str, Any]:
     return {f"group_{i}": group for i in range(model.groups)}
 
 
-def placed(module, held: Any) -> Any:
+def placed(module: Any, held: Any) -> Any:
     """A cache, constrained inside jit to where `empty` puts it."""
 
     def constrain(path, array):
@@ -76,7 +77,7 @@ def placed(module, held: Any) -> Any:
     return jax.tree.map_with_path(constrain, held)
 
 
-def slots(module, held: Any) -> int:
+def slots(module: Any, held: Any) -> int:
     """S of a cache, with B or without."""
     for path, array in jax.tree.leaves_with_path(held):
         letters = _letters(module, path)
@@ -106,14 +107,26 @@ def _of_scale(letters: str) -> str:
     return letters.replace("H", "")
 
 
-def attend(module, q_BNTH, k_BKTH, v_BKTH, context: Context, scores: ScoreRule):
+def attend(
+    module: Any,
+    q_BNTH: jax.Array,
+    k_BKTH: jax.Array,
+    v_BKTH: jax.Array,
+    context: Context,
+    scores: ScoreRule,
+) -> jax.Array:
     """Keep new keys and values, and attend to all that are kept: [B, N, T, H].
 
     Padding (`Cached`) is not kept, and what comes out for it means nothing. The positions of the other tokens
     rise by one.
     """
+    own_heads = module.layout.heads(q_BNTH, k_BKTH, v_BKTH)
+    return _attend(module, *own_heads, context=context, scores=scores)
+
+
+def _attend(module, q_BNTH, k_BKTH, v_BKTH, context: Context, scores: ScoreRule) -> jax.Array:
+    assert isinstance(context.keys, Cached)
     positions_BT, real_BT = context.positions_BT, context.keys.real_BT
-    q_BNTH, k_BKTH, v_BKTH = module.layout.heads(q_BNTH, k_BKTH, v_BKTH)
     *_, S = module.get_variable(CACHE, "k").shape
     slots_BT = jnp.where(real_BT, positions_BT % S, S)  # beyond the last slot nothing is written
 
@@ -136,7 +149,7 @@ def attend(module, q_BNTH, k_BKTH, v_BKTH, context: Context, scores: ScoreRule):
     return kernels.attend(q_BNTH, k_BKSH, v_BKSH, visible_BTS, scores.softcap, bias_BNTS)
 
 
-def keep(module, name: str, letters: str, new: jax.Array, write: Callable) -> jax.Array:
+def keep(module: Any, name: str, letters: str, new: jax.Array, write: Callable) -> jax.Array:
     """Write keys or values of a layer into its cache, and return all that it holds, in the dtype of `new`.
 
     letters: of the cached array, such as "BKHS". write(held, new, letters) -> held, of the array and of the
@@ -155,7 +168,7 @@ def keep(module, name: str, letters: str, new: jax.Array, write: Callable) -> ja
     return kept(module, name, letters, new.dtype)
 
 
-def kept(module, name: str, letters: str, dtype) -> jax.Array:
+def kept(module: Any, name: str, letters: str, dtype: DTypeLike) -> jax.Array:
     """The keys or values in a layer's cache, with B."""
 
     def array(name: str, letters: str) -> jax.Array:

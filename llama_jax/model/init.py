@@ -6,6 +6,8 @@ parameters are matrices. `nn.scan` over layer groups puts "L" in front of them.
 
 import math
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,7 +18,7 @@ from llama_jax import config, dims
 from llama_jax.model.quantised import Quantised, spread
 
 
-def param(module: nn.Module, name: str, letters: str, initialise) -> jax.Array | Quantised:
+def param(module: Any, name: str, letters: str, initialise: Callable) -> jax.Array | Quantised:
     """A float32 parameter of shape `letters`, cast to the compute dtype of `module.config` and gathered.
 
     Where quant/ has put whole numbers in its place, those.
@@ -41,7 +43,16 @@ def param(module: nn.Module, name: str, letters: str, initialise) -> jax.Array |
     return checkpoint_name(gathered, "gathered")
 
 
-def initial(model: config.Model, role: str):
+def dense_param(module: Any, name: str, letters: str, initialise: Callable) -> jax.Array:
+    """`param` for what is never quantised: scales, biases, tables of positions."""
+    w = param(module, name, letters, initialise)
+    assert not isinstance(w, Quantised), (
+        f"{name} is no matrix: quant.network.scheme leaves it as it is"
+    )
+    return w
+
+
+def initial(model: config.Model, role: str) -> Callable:
     """The initialiser of a matrix: zero-mean normal, its standard deviation by `model.init` and role.
 
     Roles: "table" (looked up), "inner", "residual" (what it makes is added to the residual stream),

@@ -6,7 +6,7 @@ its own), the layout and the scores' rule to [B, N, T, H]; S = T. Scores and sof
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax import config
 from llama_jax.model import mask
-from llama_jax.model.context import Segments
+from llama_jax.model.context import OneSegment, Segments
 from llama_jax.model.position import BIASED
 from llama_jax.sharding import Layout
 
@@ -36,28 +36,43 @@ class ScoreRule(NamedTuple):
 
 
 USUAL = ScoreRule()
+Segmented = OneSegment | Segments
 
 
-def reference(q_BNTH, k_BKSH, v_BKSH, segments, layout: Layout, scores: ScoreRule = USUAL):
+def reference(
+    q_BNTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    segments: Segmented,
+    layout: Layout,
+    scores: ScoreRule = USUAL,
+) -> jax.Array:
     """softmax(q k / sqrt(H)) v over the whole square (arXiv:1706.03762 eq. 1, arXiv:2305.13245)."""
     visible_BTS = mask.causal(0, q_BNTH.shape[2], segments, window=scores.window)
-    q_BNTH, k_BKSH, v_BKSH = layout.heads(q_BNTH, k_BKSH, v_BKSH)
+    own_heads = layout.heads(q_BNTH, k_BKSH, v_BKSH)
     bias_NTS, whole = None, slice(0, q_BNTH.shape[2])
     if scores.bias_NS is not None:
         bias_NTS = _by_distance(scores.bias_NS, whole, whole)
-    out_BNTH = attend(q_BNTH, k_BKSH, v_BKSH, visible_BTS, scores.softcap, bias_NTS)
+    out_BNTH = attend(*own_heads, visible_BTS=visible_BTS, softcap=scores.softcap, bias=bias_NTS)
     return checkpoint_name(out_BNTH, "attended")
 
 
-def attend(q_BNTH, k_BKSH, v_BKSH, visible_BTS, softcap: float = 0.0, bias_BNTS=None):
-    """Attention where `visible_BTS` says which keys a query sees. The bias may lack B."""
+def attend(
+    q_BNTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    visible_BTS: jax.Array,
+    softcap: float = 0.0,
+    bias: jax.Array | None = None,
+) -> jax.Array:
+    """Attention where `visible_BTS` says which keys a query sees. bias: [B, N, T, S], or without B."""
     B, N, T, H = q_BNTH.shape
     K = k_BKSH.shape[1]
     q_BKGTH = (q_BNTH * H**-0.5).reshape(B, K, N // K, T, H)
     score = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     scores_BKGTS = _capped(score("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH), softcap)
-    if bias_BNTS is not None:
-        scores_BKGTS += bias_BNTS.reshape(-1, K, N // K, T, k_BKSH.shape[2])
+    if bias is not None:
+        scores_BKGTS += bias.reshape(-1, K, N // K, T, k_BKSH.shape[2])
     scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, mask.HIDDEN)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype)
     out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS, v_BKSH)
@@ -75,39 +90,49 @@ def _by_distance(bias_NS, rows: slice, keys: slice):
     row: no gather, and no scatter in the gradient, both slow on a TPU.
     """
     N, T, S = bias_NS.shape[0], rows.stop - rows.start, keys.stop - keys.start
-    nearest_first_NS = bias_NS[:, : rows.stop - keys.start]  # of the last query
+    nearest_first = bias_NS[:, : rows.stop - keys.start]  # of the last query
     # From the farthest key of the last query to keys after the first one.
-    line_NX = jnp.pad(nearest_first_NS[:, ::-1], ((0, 0), (0, T + S - nearest_first_NS.shape[1])))
+    line_NX = jnp.pad(nearest_first[:, ::-1], ((0, 0), (0, T + S - nearest_first.shape[1])))
     line_NX = jnp.roll(line_NX, -(T - 1), axis=1)
     moved = jnp.tile(line_NX, (1, T))[:, : T * (T + S - 1)]
     return moved.reshape(N, T, T + S - 1)[:, :, :S]
 
 
-def blockwise(q_BNTH, k_BKSH, v_BKSH, segments, layout: Layout, scores: ScoreRule = USUAL):
+def blockwise(
+    q_BNTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    segments: Segmented,
+    layout: Layout,
+    scores: ScoreRule = USUAL,
+) -> jax.Array:
     """One block of queries at a time, against the keys up to its end: half the square is skipped.
 
     Never stores T x S scores (arXiv:2112.05682); the backward pass computes each block's again
     (arXiv:2205.14135 section 3.1). The heads of a group are rows of one matrix, X = G x (T of a block).
     """
-    q_BNTH, k_BKSH, v_BKSH = layout.heads(q_BNTH, k_BKSH, v_BKSH)
+    own_heads = layout.heads(q_BNTH, k_BKSH, v_BKSH)
+    return _blockwise(*own_heads, segments=segments, scores=scores)
+
+
+def _blockwise(q_BNTH, k_BKSH, v_BKSH, segments, scores: ScoreRule) -> jax.Array:
     B, N, T, H = q_BNTH.shape
     K = k_BKSH.shape[1]
     q_BKGTH = (q_BNTH * H**-0.5).reshape(B, K, N // K, T, H)
-    out_BKGTH = _blocks(q_BKGTH, k_BKSH, v_BKSH, segments, *reversed(scores))
-    return out_BKGTH.reshape(B, N, T, H)
+    out: Any = _blocks(q_BKGTH, k_BKSH, v_BKSH, segments, *reversed(scores))
+    return out.reshape(B, N, T, H)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _blocks(q_BKGTH, k_BKSH, v_BKSH, segments, bias_NS, softcap, window):
+def _blocks(q_BKGTH, k_BKSH, v_BKSH, segments, bias_NS, softcap, window) -> jax.Array:
     blocks = []
-    G = q_BKGTH.shape[2]
-    for rows, keys, visible_BXS in _causal_blocks(G, k_BKSH, segments, window):
-        bias_KXS = _block_bias(bias_NS, rows, keys, G)
-        weights_BKXS, _ = _weights(
-            _block(q_BKGTH, rows), k_BKSH[:, :, keys], visible_BXS, bias_KXS, softcap
-        )
-        weights_BKXS = weights_BKXS.astype(v_BKSH.dtype)
-        out_BKXH = jnp.einsum("BKXS,BKSH->BKXH", weights_BKXS, v_BKSH[:, :, keys])
+    G, length = q_BKGTH.shape[2], k_BKSH.shape[2]
+    # Names without letters are of one block, whose S is a part of the whole.
+    for rows, keys, visible in _causal_blocks(G, length, segments, window):
+        bias = _block_bias(bias_NS, rows, keys, G)
+        weights, _ = _weights(_block(q_BKGTH, rows), k_BKSH[:, :, keys], visible, bias, softcap)
+        weights = weights.astype(v_BKSH.dtype)
+        out_BKXH = jnp.einsum("BKXS,BKSH->BKXH", weights, v_BKSH[:, :, keys])
         out_BKXH, q_BKGTH = _in_order(out_BKXH, q_BKGTH)
         blocks.append(_unblock(out_BKXH, G))
     return jnp.concatenate(blocks, axis=3)
@@ -122,33 +147,36 @@ def _blocks_forward(q_BKGTH, k_BKSH, v_BKSH, segments, bias_NS, softcap, window)
 def _blocks_backward(softcap, window, saved, slope_BKGTH):
     """With p the weights and dp = slope v: d scores = p (dp - sum_S p dp), and that sum is slope . out."""
     q_BKGTH, k_BKSH, v_BKSH, segments, bias_NS, out_BKGTH = saved
-    G = q_BKGTH.shape[2]
+    G, length = q_BKGTH.shape[2], k_BKSH.shape[2]
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     sums_BKGT1 = product("BKGTH,BKGTH->BKGT", slope_BKGTH, out_BKGTH)[..., None]
-    q_slopes, k_slope, v_slope = [], 0.0, 0.0
+    q_slopes, k_slope, v_slope = [], _ZERO, _ZERO
     bias_slope = None if bias_NS is None else 0.0
-    for rows, keys, visible_BXS in _causal_blocks(G, k_BKSH, segments, window):
+    for rows, keys, visible in _causal_blocks(G, length, segments, window):
         q, slope, sums = (_block(x, rows) for x in (q_BKGTH, slope_BKGTH, sums_BKGT1))
         k, v = k_BKSH[:, :, keys], v_BKSH[:, :, keys]
         of_bias = functools.partial(_block_bias, rows=rows, keys=keys, G=G)
-        weights_BKXS, capped_BKXS = _weights(q, k, visible_BXS, of_bias(bias_NS), softcap)
-        scores_slope_BKXS = weights_BKXS * (product("BKXH,BKSH->BKXS", slope, v) - sums)
+        weights, capped = _weights(q, k, visible, of_bias(bias_NS), softcap)
+        scores_slope = weights * (product("BKXH,BKSH->BKXS", slope, v) - sums)
         if bias_NS is not None:
-            (more,) = jax.vjp(of_bias, bias_NS)[1](jnp.sum(scores_slope_BKXS, axis=0))
+            (more,) = jax.vjp(of_bias, bias_NS)[1](jnp.sum(scores_slope, axis=0))
             bias_slope += more
         if softcap:  # d cap tanh(x / cap) / d x = 1 - tanh^2
-            scores_slope_BKXS *= 1 - jnp.square(capped_BKXS / softcap)
-        scores_slope_BKXS = scores_slope_BKXS.astype(q.dtype)
-        q_slopes.append(_unblock(jnp.einsum("BKXS,BKSH->BKXH", scores_slope_BKXS, k), G))
-        padding = ((0, 0), (0, 0), (keys.start, k_BKSH.shape[2] - keys.stop), (0, 0))
-        k_slope += jnp.pad(product("BKXS,BKXH->BKSH", scores_slope_BKXS, q), padding)
-        v_slope += jnp.pad(product("BKXS,BKXH->BKSH", weights_BKXS.astype(v.dtype), slope), padding)
+            scores_slope *= 1 - jnp.square(capped / softcap)
+        scores_slope = scores_slope.astype(q.dtype)
+        q_slopes.append(_unblock(jnp.einsum("BKXS,BKSH->BKXH", scores_slope, k), G))
+        padding = ((0, 0), (0, 0), (keys.start, length - keys.stop), (0, 0))
+        k_slope += jnp.pad(product("BKXS,BKXH->BKSH", scores_slope, q), padding)
+        v_slope += jnp.pad(product("BKXS,BKXH->BKSH", weights.astype(v.dtype), slope), padding)
         (k_slope, v_slope), slope_BKGTH = _in_order((k_slope, v_slope), slope_BKGTH)
     q_slope = jnp.concatenate(q_slopes, axis=3)
     return q_slope, k_slope.astype(k_BKSH.dtype), v_slope.astype(v_BKSH.dtype), None, bias_slope
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)
+
+
+_ZERO: Any = 0.0  # what arrays are added to
 
 
 def _in_order(done, inputs_BKGTH):
@@ -158,9 +186,8 @@ def _in_order(done, inputs_BKGTH):
     return jax.lax.optimization_barrier((done, inputs_BKGTH))
 
 
-def _causal_blocks(G, k_BKSH, segments, window):
+def _causal_blocks(G, length, segments, window):
     """(rows of T, their keys, which of those each of the G x T rows sees) of each block of queries."""
-    length = k_BKSH.shape[2]
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
         low = max(0, start - window + 1) // BLOCK * BLOCK if window else 0
@@ -181,8 +208,8 @@ def _unblock(x_BKXH, G):
 def _block_bias(bias_NS, rows, keys, G):
     if bias_NS is None:
         return None
-    bias_NTS = _by_distance(bias_NS, rows, keys)
-    return bias_NTS.reshape(-1, G * bias_NTS.shape[1], bias_NTS.shape[2])
+    bias = _by_distance(bias_NS, rows, keys)
+    return bias.reshape(-1, G * bias.shape[1], bias.shape[2])
 
 
 def _weights(q_BKXH, k_BKSH, visible_BXS, bias_KXS, softcap):
@@ -195,7 +222,14 @@ def _weights(q_BKXH, k_BKSH, visible_BXS, bias_KXS, softcap):
     return jax.nn.softmax(scores_BKXS, axis=-1), capped_BKXS
 
 
-def splash(q_BNTH, k_BKSH, v_BKSH, segments, layout: Layout, scores: ScoreRule = USUAL):
+def splash(
+    q_BNTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    segments: Segmented,
+    layout: Layout,
+    scores: ScoreRule = USUAL,
+) -> jax.Array:
     """JAX's Pallas kernel for TPU v4 and later; each device attends with its own heads and rows."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -204,9 +238,10 @@ def splash(q_BNTH, k_BKSH, v_BKSH, segments, layout: Layout, scores: ScoreRule =
     check_length("splash", T)
     block = math.gcd(T, SPLASH_BLOCK)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    sizes = library.BlockSizes(**{f"block_{name}": block for name in names})
+    blocks: dict[str, Any] = {f"block_{name}": block for name in names}
+    sizes = library.BlockSizes(**blocks)
 
-    def local(q_BNTH, k_BKSH, v_BKSH, segments):
+    def local(q_BNTH, k_BKSH, v_BKSH, segments) -> Any:
         heads = masks.MultiHeadMask([masks.CausalMask((T, T))] * q_BNTH.shape[1])
         kernel = library.make_splash_mha(
             heads, block_sizes=sizes, head_shards=1, q_seq_shards=1,
@@ -222,7 +257,14 @@ def splash(q_BNTH, k_BKSH, v_BKSH, segments, layout: Layout, scores: ScoreRule =
     return layout.on_own_heads(local, scaled_BNTH, k_BKSH, v_BKSH, segments)
 
 
-def cudnn(q_BNTH, k_BKSH, v_BKSH, segments, layout: Layout, scores: ScoreRule = USUAL):
+def cudnn(
+    q_BNTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    segments: Segmented,
+    layout: Layout,
+    scores: ScoreRule = USUAL,
+) -> jax.Array:
     """NVIDIA's fused kernel (arXiv:2307.08691), for 16-bit types on GPUs; each device its own heads."""
 
     def local(q_BNTH, k_BKSH, v_BKSH, segments):

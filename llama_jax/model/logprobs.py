@@ -6,6 +6,7 @@ with the output matrix less. Everything is in nats and float32.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,11 @@ from llama_jax.sharding import Layout
 
 
 def token_logprobs(
-    hidden: Hidden, targets_BT, layout: Layout, temperature: float = 1.0, chunks: int = 1
+    hidden: Hidden,
+    targets_BT: jax.Array,
+    layout: Layout,
+    temperature: float = 1.0,
+    chunks: int = 1,
 ) -> jax.Array:
     """log softmax(logits / temperature) at the targets, float32 [B, T].
 
@@ -25,25 +30,30 @@ def token_logprobs(
     backward pass computes them a second time. Gradients go to `hidden`, to the states alone where its matrix
     is quantised. ValueError for other chunks, or a temperature that is not positive.
     """
-    return _of_hidden(hidden, targets_BT, layout, *_checked(targets_BT, temperature, chunks))[0]
+    found: Any = _of_hidden(hidden, targets_BT, layout, *_checked(targets_BT, temperature, chunks))
+    return found[0]
 
 
 def token_logprobs_and_entropy(
-    hidden: Hidden, targets_BT, layout: Layout, temperature: float = 1.0, chunks: int = 1
+    hidden: Hidden,
+    targets_BT: jax.Array,
+    layout: Layout,
+    temperature: float = 1.0,
+    chunks: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """`token_logprobs`, and the entropy of softmax(logits / temperature): float32 [B, T], differentiable."""
     temperature, chunks = _checked(targets_BT, temperature, chunks)
     return _of_hidden(hidden, targets_BT, layout, temperature, chunks, entropy=True)
 
 
-def of_logits(logits_BTV, targets_BT, temperature: float = 1.0) -> jax.Array:
-    """log softmax(logits / temperature) at the targets, float32 [B, T]; any number of dimensions before V.
+def of_logits(rows: jax.Array, targets: jax.Array, temperature: float = 1.0) -> jax.Array:
+    """log softmax(logits / temperature) at the targets, float32, of logits with any dimensions before V.
 
     For a few positions, as decoding has them: targets are gathered from whole rows of logits.
     """
-    logits_BTV = logits_BTV.astype(jnp.float32) / temperature
-    chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+    rows = rows.astype(jnp.float32) / temperature
+    chosen = jnp.take_along_axis(rows, targets[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(rows, axis=-1)
 
 
 def chunks_within(hidden: Hidden, limit_bytes: int) -> int:
@@ -68,7 +78,7 @@ def join(array: jax.Array) -> jax.Array:
     return jnp.moveaxis(array, 0, 2).reshape(B, X * chunks, *array.shape[3:])
 
 
-def hidden_gradient(hidden: Hidden, grad_BTV, layout: Layout) -> Hidden:
+def hidden_gradient(hidden: Hidden, grad_BTV: jax.Array, layout: Layout) -> Hidden:
     """The gradient of `hidden` from that of its logits, in the dtype of the states.
 
     A weight's gradient is reduced over the devices in the compute dtype, as every gradient.
@@ -154,7 +164,7 @@ def _backward(layout, temperature, chunks, entropy, kept, slopes):
     inputs = jax.tree.map(
         functools.partial(split, chunks=chunks), (hidden.x_BTD, targets_BT, *slopes)
     )
-    w_grad_DV = None if frozen else layout.rest(jnp.zeros(w_DV.shape, jnp.float32), "DV")
+    w_grad_DV: Any = None if frozen else layout.rest(jnp.zeros(w_DV.shape, jnp.float32), "DV")
     w_grad_DV, x_grad = jax.lax.scan(chunk, w_grad_DV, inputs)
     if frozen:
         w_grad_DV = jax.tree.map(_no_gradient, w_DV)

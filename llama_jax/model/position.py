@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax import config, dims
-from llama_jax.model.init import initial, param
+from llama_jax.model.init import dense_param, initial
 from llama_jax.model.table import look_up
 
 
@@ -26,14 +26,16 @@ class Where(NamedTuple):
     bias_NS: jax.Array | None = None  # float32, to the score of the key S positions back
 
 
-def frequencies(head_dim: int, rope: config.Rope, dtype: type = np.float64) -> np.ndarray:
+def frequencies(
+    head_dim: int, rope: config.Rope, dtype: type[np.floating] = np.float64
+) -> np.ndarray:
     """Radians a position for each of the H/2 pairs, [h] (arXiv:2104.09864 section 3.2.2).
 
     Those past rope.rotary_dim are 0 (GPT-NeoX, arXiv:2204.06745 section 2.1.1). Each step is rounded to
     `dtype`.
     """
     turning = rope.rotary_dim or head_dim
-    exponents = np.arange(0, turning, 2, dtype) / dtype(turning)
+    exponents = np.arange(0, turning, 2).astype(dtype) / dtype(turning)
     inverse = 1 / (rope.theta ** exponents.astype(np.float64)).astype(dtype)
     inverse = SCALINGS[rope.scaling](inverse, rope).astype(dtype)
     return np.concatenate([inverse, np.zeros((head_dim - turning) // 2, dtype)])
@@ -97,7 +99,7 @@ def none(module: nn.Module, positions_BT: jax.Array, reach: int) -> Where:
 
 def learned(module: nn.Module, positions_BT: jax.Array, reach: int) -> Where:
     """A vector for each position, added to the embedding (GPT-2; arXiv:1706.03762 section 3.5)."""
-    table_RD = param(module, "positions", "RD", initial(module.config, "table"))
+    table_RD = dense_param(module, "positions", "RD", initial(module.config, "table"))
     dtype = module.config.compute_dtype
     return Where(added_BTD=look_up(table_RD, positions_BT, module.layout, "RD", dtype))
 
@@ -111,8 +113,8 @@ def sinusoidal(module: nn.Module, positions_BT: jax.Array, reach: int) -> Where:
     model = module.config
     inverse_d = jnp.asarray(1e4 ** (-np.arange(0, model.dim, 2) / model.dim), jnp.float32)
     angles_BTd = positions_BT[..., None].astype(jnp.float32) * inverse_d
-    waves_BTD = jnp.stack([jnp.sin(angles_BTd), jnp.cos(angles_BTd)], axis=-1)
-    waves_BTD = waves_BTD.reshape(*positions_BT.shape, -1)[..., : model.dim]
+    pairs = jnp.stack([jnp.sin(angles_BTd), jnp.cos(angles_BTd)], axis=-1)
+    waves_BTD = pairs.reshape(*positions_BT.shape, -1)[..., : model.dim]
     return Where(added_BTD=(waves_BTD * (model.init_std * 2**0.5)).astype(model.compute_dtype))
 
 
@@ -140,7 +142,7 @@ def t5(module: nn.Module, positions_BT: jax.Array, reach: int) -> Where:
 
     Half of the buckets are single distances, half grow logarithmically up to FAR.
     """
-    table_NU = param(module, "distances", "NU", initial(module.config, "table"))
+    table_NU = dense_param(module, "distances", "NU", initial(module.config, "table"))
     buckets_S = t5_buckets(reach)
     return Where(bias_NS=table_NU.astype(jnp.float32)[:, buckets_S])
 
