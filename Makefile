@@ -36,9 +36,10 @@ studies: .venv/core ## train the published ablations again into runs/studies, 45
 			--workdir=runs/studies/$$study || exit 1; \
 	done
 
-lint: .venv/dev ## ruff: style and format
+lint: .venv/dev ## ruff, style and format; basedpyright, types, a minute
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/basedpyright
 
 format: .venv/dev ## ruff, in place
 	.venv/bin/ruff check --fix .

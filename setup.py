@@ -46,6 +46,10 @@ setup(
         # gigabytes of CUDA libraries.
         "parity": ["torch==2.13.0", "transformers>=5"],
         "bench": ["google-tunix>=0.1.7"],
-        "dev": ["pytest==9.2.0", "pytest-xdist==3.8.0", "ruff==0.17.5", "pre-commit"],
+        # basedpyright brings its checker and node in wheels; pyright fetches its own when it first runs.
+        "dev": [
+            *("pytest==9.2.0", "pytest-xdist==3.8.0", "pre-commit"),
+            *("ruff==0.17.5", "basedpyright==1.40.2"),
+        ],
     },
 )

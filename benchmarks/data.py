@@ -84,7 +84,7 @@ def trained(cache: str, texts: list[str]) -> str:
     model = os.path.join(cache, "bench-16k.model")
     if not os.path.exists(model):
         lines = (line for text in texts for line in text.split("\n"))
-        sp.train(lines, 16_000, model, os.cpu_count())
+        sp.train(lines, 16_000, model, os.cpu_count() or 1)
     return model
 
 

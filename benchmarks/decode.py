@@ -8,6 +8,7 @@ The network of benchmarks/w1.py in float32, 2 threads: a prompt of 64 tokens, 12
 import argparse
 import json
 import time
+from typing import Any
 
 import numpy as np
 
@@ -39,19 +40,18 @@ def network(**changes):
     return module, jax.jit(transformer.init, static_argnums=0)(module, jax.random.key(0))
 
 
-def peer():
+def peer() -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=V, hidden_size=512, num_hidden_layers=8, num_attention_heads=8,
-            num_key_value_heads=4, intermediate_size=1408, rms_norm_eps=1e-5,
-            max_position_embeddings=512, attn_implementation="sdpa", eos_token_id=None, pad_token_id=0,
-        )
-    ).eval()  # fmt: skip
+    settings: dict[str, Any] = dict(
+        vocab_size=V, hidden_size=512, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=4, intermediate_size=1408, rms_norm_eps=1e-5,
+        max_position_embeddings=512, attn_implementation="sdpa", eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**settings)).eval()
 
 
 def ours(batch: int, weights: str):
@@ -64,7 +64,8 @@ def ours(batch: int, weights: str):
     if weights != "float32":
         params = quantise(module, params, QUANT[weights])
     params = transformer.unstack(module, params)
-    decoder = Decoder(Engine(module, config.Decode()), _Letters(), (), batch, PROMPT + NEW)
+    letters: Any = _Letters()
+    decoder = Decoder(Engine(module, config.Decode()), letters, (), batch, PROMPT + NEW)
 
     turn = 0
 

@@ -188,7 +188,7 @@ def decode() -> list[dict]:
             results.append(json.loads(python("-m", "benchmarks.score", name)))
     return [
         *rows,
-        row("W5 log-likelihood, beside transformers", *scores.values(), "tokens/s"),
+        row("W5 log-likelihood, beside transformers", *scores.values(), unit="tokens/s"),
     ]
 
 
@@ -199,7 +199,7 @@ def choices() -> list[dict]:
         for side, results in found.items():
             say(f"W6 round {round_ + 1} of {ROUNDS}: {side}")
             results.append(json.loads(python("-m", "benchmarks.score", side)))
-    return [row("W6 5-shot choices, beside whole rows", *found.values(), "questions/s")]
+    return [row("W6 5-shot choices, beside whole rows", *found.values(), unit="questions/s")]
 
 
 def row(name: str, ours: list[float], peer: list[float], unit: str) -> dict:
@@ -262,7 +262,7 @@ def until(args: list[str], text: str) -> float:
         stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     with process:
-        for line in process.stdout:
+        for line in process.stdout or ():
             if line.startswith(text):
                 seconds = time.perf_counter() - start
                 process.kill()

@@ -239,7 +239,7 @@ def beside_published(kept: dict) -> list[str]:
         if key_of(run) in kept:
             plan = plan_of(run, kept[key_of(run)])
             cells[-2:] = ["does not fit", f"**no**: {one.outside}"]
-            if plan.mfu_low is not None:
+            if plan.mfu_low is not None and plan.mfu_high is not None:
                 cells[-2] = command.bracket(plan.mfu_low, plan.mfu_high, ".1%")
                 inside = plan.mfu_low <= mfu(one) <= plan.mfu_high
                 cells[-1] = (
@@ -272,7 +272,7 @@ def mfu(one: published.Published, square: str = "half") -> float:
 
 def _libtpu() -> str:
     places = [*sys.path, str(Path(sys.prefix) / "libtpu")]
-    found = next(metadata.distributions(name="libtpu", path=places), None)
+    found = next(iter(metadata.distributions(name="libtpu", path=places)), None)
     return found.version if found else "(unknown)"
 
 

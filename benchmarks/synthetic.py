@@ -7,6 +7,7 @@ import argparse
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -55,7 +56,7 @@ def tensor(unit: Unit, model: config.Model, dtype: np.dtype, seed: int) -> np.nd
     return (bits & ~np.array(1 << (8 * dtype.itemsize - 2), bits.dtype)).view(dtype)
 
 
-def split(unit: Unit, model: config.Model, parts: int, part: int, whole: np.ndarray | None):
+def split(unit: Unit, model: config.Model, parts: int, part: int, whole: np.ndarray | None) -> Any:
     """One part of a tensor, or its shape where there is none: rows, columns, or all of it."""
     shape = names.torch_shape(unit.row, model)
     outputs = unit.row.torch.split()[0]

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import resource
 import time
+from typing import Any
 
 import numpy as np
 
@@ -69,13 +70,12 @@ def transformers():
 
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=V, hidden_size=512, num_hidden_layers=8, num_attention_heads=8,
-            num_key_value_heads=4, intermediate_size=1408, rms_norm_eps=1e-5,
-            max_position_embeddings=T, attn_implementation="sdpa",
-        )
+    settings: dict[str, Any] = dict(
+        vocab_size=V, hidden_size=512, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=4, intermediate_size=1408, rms_norm_eps=1e-5,
+        max_position_embeddings=T, attn_implementation="sdpa",
     )  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**settings))
     matrices = [p for p in model.parameters() if p.ndim > 1]
     scales = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": scales, "weight_decay": 0.0}]
@@ -99,7 +99,9 @@ def tunix():
     import jax.numpy as jnp
     import optax
     from flax import nnx
-    from tunix.models.llama3 import model as llama3
+    from tunix.models.llama3 import (  # pyright: ignore[reportMissingImports]  (of extra "bench")
+        model as llama3,
+    )
 
     settings = llama3.ModelConfig(
         num_layers=8, vocab_size=V, embed_dim=512, hidden_dim=1408, num_heads=8, head_dim=64,

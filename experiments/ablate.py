@@ -13,6 +13,7 @@ import json
 import shlex
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -299,7 +300,8 @@ def title() -> str:
 
 
 def page() -> str:
-    return flags.FLAGS["config"].config_filename
+    flag: Any = flags.FLAGS["config"]  # ml_collections' kind of flag
+    return flag.config_filename
 
 
 def command(*more: str) -> str:

@@ -144,6 +144,7 @@ class _Page(config_flags.config_flags.ConfigFileFlagParser):
         page = super().parse(find_config(file) + colon + slice_)
         if not isinstance(page, ml_collections.ConfigDict):
             return page  # it could not be loaded, and says so when it is read
+        run: Any
         run, place = (page.base, "base.") if "base" in page else (page, "")
         start = re.compile(rf"--?config\.{place}data\.sources\.([^=]*)")
         settings = [found[1] for argument in sys.argv[1:] if (found := start.match(argument))]
@@ -176,7 +177,8 @@ class Parts:
     """The settings of `define_parts`, once the command line is parsed."""
 
     @property
-    def value(self) -> ml_collections.ConfigDict:
+    def value(self) -> Any:
+        """A locked ConfigDict, a group of settings for each part."""
         return flags.FLAGS["config"].value
 
 
@@ -198,7 +200,7 @@ def define_parts(**parts: object) -> Parts:
     return Parts()
 
 
-def frozen(flag: flags.FlagHolder) -> config.Run:
+def frozen(flag: flags.FlagHolder[ml_collections.ConfigDict]) -> config.Run:
     return config.freeze(flag.value)
 
 
@@ -256,7 +258,7 @@ def _parse(settings: Mapping[str, Any], argv: list[str]) -> list[str]:
     return rest
 
 
-def _guarded(main, errors) -> int:
+def _guarded(main: Callable[[], int], errors: tuple[type[Exception], ...]) -> int | None:
     logging.set_verbosity(logging.ERROR)  # absl's app sets INFO, at which Orbax writes pages
     claim_gpu_memory()
     try:

@@ -92,7 +92,7 @@ def main() -> int:
         return chat.Chat(loaded, form_of(loaded, date), SYSTEM.value).run()
     if INPUT.value is not None:
         return prompt_file.run(loaded, Path(INPUT.value), Path(OUTPUT.value), date)
-    return once(loaded, PROMPT.value)
+    return once(loaded, PROMPT.value or "")
 
 
 def day(text: str, command: str) -> datetime.date | None:

@@ -207,7 +207,7 @@ def report(run: config.Run, plan: figures.TrainingPlan) -> list[str]:
         ratio = plan.flops_executed / plan.flops_model
         lines[-1] += f", executed {plan.flops_executed / 1e12:,.0f} ({ratio:.3f} times)"
         lines += ["collectives a chip and step          count        GiB   seconds   uncovered"]
-        for one in plan.collectives:
+        for one in plan.collectives or ():
             how = "asynchronous" if one["started"] else "synchronous"
             lines.append(
                 f"  {one['kind']:20}{how:14}{one['count']:6}{one['gib']:11.2f}{one['seconds']:10.3f}"

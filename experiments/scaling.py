@@ -81,7 +81,8 @@ def read(pattern: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rows = [
         (card["parameters"], card["tokens"], card["results"]["validation_loss"]) for card in found
     ]
-    return tuple(np.array(column, float) for column in zip(*rows, strict=True))
+    N, D, losses = (np.array(column, float) for column in zip(*rows, strict=True))
+    return N, D, losses
 
 
 def given(text: str) -> scaling.Law:

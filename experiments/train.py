@@ -102,7 +102,7 @@ def baselines(run: config.Run, prepared) -> dict[str, float]:
 def counted(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """The tokens before targets that count, and those targets."""
     counts_BT = batch.weights_BT > 0
-    return batch.tokens_BT[counts_BT], batch.targets_BT[counts_BT]
+    return np.asarray(batch.tokens_BT)[counts_BT], np.asarray(batch.targets_BT)[counts_BT]
 
 
 def finish(run, workdir, module, result, prepared) -> None:
@@ -143,7 +143,8 @@ def table(results: dict[str, float], sources: list[str]) -> list[str]:
         for source in ("", *several):
             values = (results[f"{name}_{what}{source}"] for what in ("loss", "bits_per_byte"))
             label = f"  {source[1:]}" if source else name
-            lines.append((label, *(f"{value:.4f}" for value in values)))
+            nats, bits = (f"{value:.4f}" for value in values)
+            lines.append((label, nats, bits))
     width = max(14, *(len(label) + 2 for label, *_ in lines))
     mean = [f"the mean over {len(sources)} sources, and of each"] if len(sources) > 1 else []
     return ["", *mean, *(f"{label:{width}}{nats:>10}{bits:>11}" for label, nats, bits in lines)]

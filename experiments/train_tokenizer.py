@@ -33,14 +33,14 @@ def main() -> int:
         training_lines(texts), "reading", unit=" lines", disable=not sys.stderr.isatty()
     )
     pieces = VOCAB_SIZE.value or run.model.vocab_size
-    sp.train(lines, pieces, OUT.value, os.cpu_count())
+    sp.train(lines, pieces, OUT.value, os.cpu_count() or 1)
 
     tokenizer = sp.load(OUT.value)
     held_out, tokens = 0, 0
     for text in texts:
         for piece in text.read("validation"):
             held_out += len(piece.text.encode())
-            tokens += len(tokenizer.encode_batch([piece.text], os.cpu_count())[0])
+            tokens += len(tokenizer.encode_batch([piece.text], os.cpu_count() or 1)[0])
     print(f"wrote {OUT.value}: {tokenizer.vocab_size} pieces, {tokenizer.fingerprint[:16]}")
     ratio = f"{held_out / tokens:.3f} bytes/token ({held_out} bytes)" if tokens else "none"
     print(f"held-out text: {ratio}")

@@ -9,8 +9,8 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -191,7 +191,14 @@ class Layout:
             return self.replicated
         return NamedSharding(self.mesh, _spec(self.tables.heads, letters))
 
-    def on_own_heads(self, attend, q_BNTH, k_BKSH, v_BKSH, keys) -> jax.Array:
+    def on_own_heads(
+        self,
+        attend: Callable[..., jax.Array],
+        q_BNTH: jax.Array,
+        k_BKSH: jax.Array,
+        v_BKSH: jax.Array,
+        keys: Any,
+    ) -> jax.Array:
         """Call `attend` on each device with its own rows and heads, for kernels that see one device.
 
         keys: which of them are seen, a tree of arrays [B, T] (model/context.py) or without any.
@@ -278,7 +285,7 @@ class Largest:
     """
 
     def __init__(self):
-        mesh = Mesh(np.array(jax.devices()), "all", axis_types=AxisType.Auto)
+        mesh = Mesh(np.array(jax.devices()), ("all",), axis_types=(AxisType.Auto,))
         self._own = NamedSharding(mesh, PartitionSpec("all"))
         self._max = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
         self._zeros = self._spread(0)  # what nearly every call is of
@@ -291,7 +298,7 @@ class Largest:
         return jax.make_array_from_callback((self._own.num_devices,), self._own, lambda _: own)
 
 
-def make(mesh: config.Mesh, devices: Sequence[jax.Device]) -> Layout:
+def make(mesh: config.Mesh, devices: Sequence[Any]) -> Layout:
     """The layout of `mesh` over `devices`; the axis given as -1 takes those that are left."""
     shape = _shape(mesh, len(devices))
     if mesh.slices > 1 and hasattr(devices[0], "slice_index"):

@@ -11,7 +11,7 @@ def paths(tree: Any) -> dict[str, Any]:
     return {path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def path(keys) -> str:
+def path(keys: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 

@@ -9,6 +9,7 @@ refused there certainly does not fit.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -91,7 +92,7 @@ def of_bytes(
     )
 
 
-def available(devices: list[jax.Device]) -> float:
+def available(devices: Sequence[Any]) -> float:
     """GiB that each device has free; simulated devices share the machine's memory."""
     here = [device for device in devices if device.process_index == jax.process_index()]
     stats = here[0].memory_stats()

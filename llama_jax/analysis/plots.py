@@ -24,7 +24,7 @@ def loss(rows: list[dict[str, Any]], baselines: dict[str, float], path: Path, ti
     for name in names:
         points = [(row["tokens"], row[name]) for row in rows if name in row]
         _, is_one_source, source = name.partition("/")
-        style = {"linewidth": 0.8} if is_one_source else {"marker": "o"}
+        style: dict[str, Any] = {"linewidth": 0.8} if is_one_source else {"marker": "o"}
         axes.plot(*zip(*points, strict=True), label=f"validation {source}".strip(), **style)
     for (name, value), line in zip(baselines.items(), ("--", ":"), strict=False):
         text = f"{name.removesuffix('_loss')} {value:.3f}"

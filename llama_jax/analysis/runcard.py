@@ -21,7 +21,7 @@ def make(
     parameters: int,
     steps: int,
     tokens: int,
-    flops_per_token: int,
+    flops_per_token: float,
     peak_flops: float,
     seconds: float,
     epochs: dict[str, float],

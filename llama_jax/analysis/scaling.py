@@ -7,9 +7,11 @@ Huber loss of log L is minimised from a grid of starts. Training takes 6 N D FLO
 import contextlib
 import itertools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import optimize
 
 HUBER = 1e-3
@@ -34,7 +36,7 @@ class Law(NamedTuple):
     alpha: float
     beta: float
 
-    def loss(self, N, D):
+    def loss(self, N: ArrayLike, D: ArrayLike) -> Any:
         return self.E + self.A / np.power(N, self.alpha) + self.B / np.power(D, self.beta)
 
     def best(self, flops: float) -> tuple[float, float]:
@@ -92,13 +94,14 @@ def bootstrap(
         with contextlib.suppress(ValueError):
             check(*(x[drawn] for x in (N, D, losses)))
             logs = (np.log(x[drawn]) for x in (N, D, losses))
-            found.append(_minimum(*logs, starts))
+            found.append(_minimum(*logs, starts=starts))
     return found
 
 
-def interval(values) -> tuple[float, float]:
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """95%, by percentiles."""
-    return tuple(float(x) for x in np.percentile(values, (2.5, 97.5)))
+    low, high = np.percentile(values, (2.5, 97.5))
+    return float(low), float(high)
 
 
 def check(N: np.ndarray, D: np.ndarray, losses: np.ndarray) -> None:

@@ -28,6 +28,8 @@ def add_sources(edited: ml_collections.ConfigDict, settings: Sequence[str]) -> N
     ValueError unless the kind of each new one is among them: a misspelt name is not a new source.
     """
     fields = [field.name for field in dataclasses.fields(Source) if field.name != "name"]
+    groups: Any = edited  # a ConfigDict's annotations give no group its settings
+    sources = groups.data.sources
     for setting in settings:
         name, _, field = setting.partition(".")
         place = f"data.sources.{setting}"
@@ -36,17 +38,17 @@ def add_sources(edited: ml_collections.ConfigDict, settings: Sequence[str]) -> N
         if field not in fields:
             tried = f"data.sources.{name}.{nearest(field, fields)}"
             raise ValueError(f"{place} is not a setting; nearest: {tried}")
-        if name in edited.data.sources:
+        if name in sources:
             continue
         if f"{name}.kind" not in settings:
-            there = ", ".join(edited.data.sources)
+            there = ", ".join(sources)
             raise ValueError(
                 f"{place}: there is no source {name!r} but {there}; a new one needs "
                 f"data.sources.{name}.kind and data.sources.{name}.path, too"
             )
         new = {k: v for k, v in to_dict(Source(name)).items() if k != "name"}
         with edited.unlocked():
-            edited.data.sources[name] = new
+            sources[name] = new
 
 
 def freeze(edited: ml_collections.ConfigDict, kind: type = Run, place: str = "") -> Any:
@@ -107,7 +109,7 @@ def _settings(part: Any, place: str = "", aspect: str = WHAT) -> Iterator[tuple[
             yield at, value, of
 
 
-def _build(kind: type, values: Any, place: str):
+def _build(kind: Any, values: Any, place: str):
     """One frozen part of plain values, types checked."""
     if not isinstance(values, dict):
         raise ValueError(f"{place}={values!r} must be a group of settings ({kind.__name__})")
@@ -122,23 +124,22 @@ def _build(kind: type, values: Any, place: str):
     return kind(**{name: _value(types[name], v, _join(place, name)) for name, v in values.items()})
 
 
-def _value(kind: Any, value: Any, place: str):
+def _value(kind: Any, value: Any, place: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, place)
     if typing.get_origin(kind) is tuple:
-        part = typing.get_args(kind)[0]
+        part: Any = typing.get_args(kind)[0]
+        name = part.__name__
         if dataclasses.is_dataclass(part):
             if not isinstance(value, dict):
-                raise ValueError(f"{place}={value!r} must be a dict of name -> {part.__name__}")
+                raise ValueError(f"{place}={value!r} must be a dict of name -> {name}")
             # A source of weight 0 is left out: the command line cannot take one away otherwise.
-            kept = {
-                name: dict(v) for name, v in sorted(value.items()) if dict(v).get("weight") != 0
-            }
+            kept = {own: dict(v) for own, v in sorted(value.items()) if dict(v).get("weight") != 0}
             return tuple(
-                _build(part, {"name": name, **v}, f"{place}.{name}") for name, v in kept.items()
+                _build(part, {"name": own, **v}, f"{place}.{own}") for own, v in kept.items()
             )
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{place}={value!r} must be a tuple of {part.__name__}")
+            raise ValueError(f"{place}={value!r} must be a tuple of {name}")
         return tuple(_value(part, v, place) for v in value)
     if kind is float and type(value) is int:
         return float(value)

@@ -33,7 +33,7 @@ def hf(source: CheckpointSource, dtypes: dict[str, np.dtype], report: Report) ->
     # Its tokenizer's own files leave as they came, also one of which Hugging Face's form cannot be made.
     came = {"tokenizer.json", our.TOKENIZER} & source.carried.keys()
     made = {}
-    if _own(tokenizer) and not came:
+    if tokenizer and _own(tokenizer) and not came:
         made = hf_files(tokenizer.kind, tokenizer.content, tokenizer.additions)
     generation = {"generation_config.json": _json({"_from_model_config": True, **ids})}
     return {**generation, **made, **source.carried, "config.json": _json(settings)}
@@ -76,7 +76,8 @@ def _special_ids(source: CheckpointSource) -> dict[str, Any]:
     if source.tokenizer is not None:
         tokenizer = source.tokenizer.load()
         # Llama 3's chat models end a turn otherwise than a text, and transformers stops at these ids alone.
-        turns = {tokenizer.special.get(f"<|{name}|>") for name in ("eot_id", "eom_id")} - {None}
+        named = (f"<|{name}|>" for name in ("eot_id", "eom_id"))
+        turns = {tokenizer.special[name] for name in named if name in tokenizer.special}
         ends = sorted({tokenizer.eos} | turns)
         ids = {"bos_token_id": tokenizer.bos, "eos_token_id": ends if turns else tokenizer.eos}
     for said in (_object(source, "config.json"), _object(source, "generation_config.json")):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,19 @@ JOURNAL = 2  # raise it when what a journal vouches for is written otherwise
 
 
 def convert(
-    source: CheckpointSource, to: Path, kind: str, dtype: np.dtype | None, progress, report
+    source: CheckpointSource,
+    to: Path,
+    kind: str,
+    dtype: np.dtype | None,
+    progress: Callable[[int], object],
+    report: Callable[[str], object],
 ) -> Path:
     """Write `source` as format `kind` into the new folder `to`. ValueError leaves nothing behind.
 
     A call that was killed goes on from what is there, when made again. progress(bytes of the source done).
     """
     written = config.choose(formats.WRITTEN, kind, "--format")
+    assert written.extras is not None, "what is written has its small files"
     written.check(source.model)
     place = stage.check(to, source.files, job.is_unfinished)
     dtypes = {name: dtype or own for name, own in source.dtypes.items()}

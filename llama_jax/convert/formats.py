@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from llama_jax import config
-from llama_jax.convert import extras, hf, job, llama2c, meta, meta_params, native, targets
+from llama_jax.convert import extras, hf, llama2c, meta, meta_params, native, targets
 from llama_jax.convert.extras import Extras
 from llama_jax.convert.source import CheckpointSource, TokenizerFile, naming, tokenizer_of
 from llama_jax.tokenizer import base, hf_added
@@ -37,6 +38,7 @@ def open_checkpoint(path: Path, kind: str, tokenizer_file: str) -> CheckpointSou
 
 def _extended(source: CheckpointSource, tokenizer_file: str) -> CheckpointSource:
     """With the additions to its tokenizer that the small files beside the tokenizer's file tell."""
+    assert source.tokenizer is not None
     files, place = source.carried, source.files[0].parent
     if tokenizer_file:
         place = Path(tokenizer_file).expanduser().parent
@@ -174,7 +176,7 @@ class Format:
     """
 
     open: Callable[[Path, str], CheckpointSource]
-    target: type[job.Target] | None = None
+    target: Any = None  # a class of job.Target
     extras: Extras | None = None
     check: Callable[[config.Model], None] = lambda model: None
     keeps_context: bool = True  # has a word for the positions that a model was trained for

@@ -34,6 +34,7 @@ class Target(Protocol):
 
     def prepare(self, unit: Unit, rows: np.ndarray) -> np.ndarray:
         """The rows as the target stores them; called in threads."""
+        ...
 
     def write(self, unit: Unit, start: int, stop: int, prepared: np.ndarray) -> None: ...
 
@@ -51,6 +52,7 @@ class Target(Protocol):
     @staticmethod
     def is_torn(folder: Path) -> bool:
         """Whether a killed `finish` left a folder that only a start from nothing mends."""
+        ...
 
 
 def blocks(unit: Unit, model: config.Model) -> Iterator[tuple[int, int]]:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def shard_files(folder: Path) -> list[Path]:
                 f"{file} is not named like Meta's files, consolidated.00.pth; rename it"
             )
         numbers[file] = int(number[1])
-    files = sorted(numbers, key=numbers.get)
+    files = sorted(numbers, key=numbers.__getitem__)
     for wanted, file in enumerate(files):
         if (number := numbers[file]) != wanted:
             found = ", ".join(file.name for file in files)
@@ -74,7 +75,9 @@ def shard_files(folder: Path) -> list[Path]:
     return files
 
 
-def model_of(params: dict, shards, pieces: int, folder: Path) -> tuple[config.Model, tuple]:
+def model_of(
+    params: dict, shards: Sequence[Mapping[str, Stored]], pieces: int, folder: Path
+) -> tuple[config.Model, tuple]:
     """The settings, from params.json and the shapes; and what was decided on the way."""
     dim, heads, layers = params["dim"], params["n_heads"], params["n_layers"]
     if layers > len(shards[0]):

@@ -129,8 +129,13 @@ def load(
 
     loaded = {}
     for name, parts in wanted.items():
-        made = [read(*part, letters[name]) for part in parts]
-        loaded[name] = made[0] if len(made) == 1 else Quantised(*made, said.activations)
+        made = [read(*part, letters=letters[name]) for part in parts]
+        loaded[name] = made[0]
+        if len(made) == 2:
+            assert said is not None, (
+                "a matrix has scales where model.json says how it was quantised"
+            )
+            loaded[name] = Quantised(made[0], made[1], said.activations)
     return tree.nest(loaded)
 
 

@@ -6,11 +6,13 @@ bytes of it can ask for gigabytes. Ours looks up a few harmless names, follows t
 writes and refuses all others, so that a hostile file is an error and nothing more.
 """
 
+import contextlib
 import io
 import math
 import pickle
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,18 +125,22 @@ class _Names(pickle._Unpickler):
         raise ValueError(f"its pickle asks for {asked}, which no weights need; refused")
 
     def persistent_load(self, pid: Any) -> _Storage:
-        try:
+        what = dtype = key = count = None
+        with contextlib.suppress(TypeError, ValueError):
             what, dtype, key, _, count = pid
-        except (TypeError, ValueError):
-            what = key = None
         if (
-            not (type(what) is type(key) is str and what == "storage")
+            type(what) is not str
+            or what != "storage"
+            or type(key) is not str
             or not isinstance(dtype, np.dtype)
             or type(count) is not int
         ):
             # Not the value: printing a tuple of tuples that share parts doubles with each level.
             raise ValueError(f"its pickle refers to a {type(pid).__name__} that is not a storage")
         return _Storage(dtype, key, count)
+
+    stack: list[Any]  # of the unpickler in Python, in none of its annotations
+    pop_mark: Callable[[], list[Any]]
 
     def load_build(self):
         """Attributes, as the _metadata of a module's state, are left out: none is set on anything."""

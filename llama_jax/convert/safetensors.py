@@ -10,6 +10,7 @@ import json
 import math
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,12 +59,9 @@ def _entry(file: Path, name: str, entry, data: int) -> Stored:
             isinstance(dtype, str) and len(shape) <= MAX_AXES and are_sizes((*shape, begin, end))
         )
     except (KeyError, TypeError, ValueError):
-        whole = False
+        raise _unreadable(file, name, entry) from None
     if not whole:
-        raise ValueError(
-            f"{file}: {name} must have a dtype, a shape of at most {MAX_AXES} axes and two data_offsets "
-            f"that are whole and not negative; it has {shown(entry)}"
-        )
+        raise _unreadable(file, name, entry)
     if name.endswith(TABLES):
         return Stored(file, name, np.dtype(np.uint8), (max(end - begin, 0),), data + begin)
     if dtype not in DTYPES:
@@ -78,6 +76,13 @@ def _entry(file: Path, name: str, entry, data: int) -> Stored:
             f"[{begin}, {end}] hold {end - begin:,}"
         )
     return Stored(file, name, DTYPES[dtype], shape, data + begin)
+
+
+def _unreadable(file: Path, name: str, entry: Any) -> ValueError:
+    return ValueError(
+        f"{file}: {name} must have a dtype, a shape of at most {MAX_AXES} axes and two data_offsets "
+        f"that are whole and not negative; it has {shown(entry)}"
+    )
 
 
 def _check_places(file: Path, found: dict[str, Stored], data: int, length: int) -> None:

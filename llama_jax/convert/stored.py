@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 # The dtypes in which weights of the family are published, by safetensors' names.
-DTYPES = {
+DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -42,7 +42,7 @@ class Stored(NamedTuple):
         """Elements start..stop along the first axis. ValueError if the file ends before them."""
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
         row_bytes = self.nbytes // max(self.shape[0], 1)
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = memoryview(out.reshape(-1).view(np.uint8).data)
         with open(self.file, "rb", buffering=0) as file:
             file.seek(self.offset + start * row_bytes)
             done = 0

@@ -118,7 +118,7 @@ class Meta:
 
     def write(self, unit: Unit, start: int, stop: int, prepared: np.ndarray) -> None:
         member = self._plan.tensors[unit.meta]
-        self._crc = zlib.crc32(prepared, self._crc if start else 0)
+        self._crc = zlib.crc32(prepared.data, self._crc if start else 0)
         at = member.data + start * (len(prepared) // (stop - start))
         self._files.write(self.FILE, at, prepared)
 
@@ -254,7 +254,7 @@ class _Staged:
 class _Handover(type_handlers.NumpyHandler):
     """Orbax's handler of arrays, except that an array is moved into place instead of written."""
 
-    async def serialize(self, values, infos, args=None):
+    async def serialize(self, values: Any, infos: Any, args: Any = None):
         for value, info in zip(values, infos, strict=True):
             await info.await_path_creation()
             shutil.move(value.path, Path(info.path))

@@ -44,9 +44,9 @@ def train(
 def abstract(run: config.Run, layout: Layout) -> Batch:
     """Shapes, types and places of a training batch, to compile for before there is one."""
     shape = (run.train.batch_size, run.data.seq_len)
-    types = Batch(np.int32, np.int32, np.float32, np.int32, np.int32)
+    types = (np.int32, np.int32, np.float32, np.int32, np.int32)  # of Batch
     place = layout.batch("BT")
-    return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in types))
+    return Batch._make(jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in types)
 
 
 def loader(run: config.Run, prepared: Prepared, own: np.ndarray) -> Callable[[int], LoadedBatch]:
@@ -153,4 +153,4 @@ def _check_ids(run, prepared, split: str, batch: Batch, picks: list[mixture.Pick
 
 
 def _put(local: Batch, layout: Layout, rows: int) -> Batch:
-    return Batch(*(layout.put(array, "BT", rows) for array in local))
+    return Batch._make(layout.put(np.asarray(array), "BT", rows) for array in local)

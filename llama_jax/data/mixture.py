@@ -10,6 +10,7 @@ import hashlib
 import math
 import zlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ def _shuffled(length: int, seed: int) -> Callable[[int], int]:
     if length >= SMALL:
         import grain
 
-        rows = grain.MapDataset.range(length).seed(seed).shuffle().repeat()
+        rows: Any = grain.MapDataset.range(length).seed(seed).shuffle().repeat()
         return lambda n: int(rows[n])
 
     @functools.lru_cache(maxsize=8)

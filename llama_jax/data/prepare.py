@@ -166,7 +166,7 @@ def _tokenizer(
     if not os.path.exists(path):
         report(f"training a SentencePiece tokenizer of {vocab_size} pieces")
         try:
-            sp.train(training_lines(texts), vocab_size, path, os.cpu_count())
+            sp.train(training_lines(texts), vocab_size, path, os.cpu_count() or 1)
         except OSError as error:
             raise ValueError(f"data.cache={data.cache!r} cannot be written: {error}") from error
     return config.TokenizerConfig("sp", path)
@@ -256,7 +256,7 @@ class _Tokenised:
     def ids(self) -> Iterator[np.ndarray]:
         for chunk in _chunks(self._with_text()):
             texts = [piece.text if piece.first else "\n" + piece.text for piece in chunk]
-            encoded = self._tokenizer.encode_batch(texts, os.cpu_count())
+            encoded = self._tokenizer.encode_batch(texts, os.cpu_count() or 1)
             for piece, ids in zip(chunk, encoded, strict=True):
                 if not piece.first and ids[: len(self._newline)].tolist() == self._newline:
                     ids = ids[len(self._newline) :]

@@ -13,7 +13,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -69,20 +70,20 @@ class Rows:
             for number in range(len(lengths))
         ]
         self._starts = np.cumsum([0, *lengths])
-        self._readers = [None] * len(lengths)
+        self._readers: list[Any] = [None] * len(lengths)
         self._dtypes = _dtypes(folder, meta)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
+    def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Tokens [n, seq_len+1] and stored segments of these rows."""
-        indices = np.asarray(indices)
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        records = [b""] * len(indices)
+        wanted = np.asarray(indices)
+        shards = np.searchsorted(self._starts, wanted, side="right") - 1
+        records = [b""] * len(wanted)
         for shard in np.unique(shards):
             where = np.flatnonzero(shards == shard)
-            rows = (indices[where] - self._starts[shard]).tolist()
+            rows = (wanted[where] - self._starts[shard]).tolist()
             try:
                 found = self._reader(shard).read(rows)
             except (
@@ -96,21 +97,18 @@ class Rows:
             for at, record in zip(where, found, strict=True):
                 records[at] = record
         features = [example.decode(record) for record in records]
-        tokens, segments = (
+        tokens, *segments = (
             np.stack([np.frombuffer(f[name], self._dtypes[name]) for f in features])
-            if name in self._dtypes
-            else None
             for name in ("tokens", "segments")
+            if name in self._dtypes
         )
-        return tokens, segments
+        return tokens, segments[0] if segments else None
 
     def _reader(self, shard: int):
         if self._readers[shard] is None:
-            from array_record.python import array_record_module
-
             # Two threads may both open it; the last one stays, the other is collected.
             # No read-ahead: the order is random.
-            self._readers[shard] = array_record_module.ArrayRecordReader(
+            self._readers[shard] = _array_record().ArrayRecordReader(
                 self._files[shard], "readahead_buffer_size:0", file_reader_buffer_size=32768
             )
         return self._readers[shard]
@@ -188,10 +186,9 @@ def _sweep(parent: str) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def write(folder: str, split: str, rows: Iterator[PackedRow], vocab_size: int) -> dict[str, int]:
+def write(folder: str, split: str, rows: Iterable[PackedRow], vocab_size: int) -> dict[str, int]:
     """Write the rows of a split. Returns {shard: its rows}, in order."""
-    from array_record.python import array_record_module
-
+    array_record_module = _array_record()
     shards, writer, size = [], None, 0
     for row in rows:
         record = example.encode(
@@ -230,6 +227,7 @@ def describe(
     def tensor(dtype):
         return tfds.features.Tensor(shape=(meta.seq_len + 1,), dtype=dtype, encoding="bytes")
 
+    data_dir: Any = folder  # the annotation of TFDS has no text
     features = {"tokens": tensor(token_dtype(meta.vocab_size))}
     if segments:
         features["segments"] = tensor(np.uint16)
@@ -244,7 +242,7 @@ def describe(
                 shard_lengths=list(counts.values()),
                 num_bytes=sum(meta.splits[split].shards.values()),
                 filename_template=tfds.core.ShardedFileTemplate(
-                    data_dir=folder,
+                    data_dir=data_dir,
                     dataset_name=DATASET,
                     split=split,
                     filetype_suffix="array_record",
@@ -260,7 +258,14 @@ def describe(
         os.fsync(f.fileno())
 
 
-def token_dtype(vocab_size: int):
+def _array_record() -> Any:
+    """The library's binary module, which has no annotations."""
+    from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+
+    return array_record_module
+
+
+def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 

@@ -16,6 +16,7 @@ import re
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from llama_jax import config
 from llama_jax.data import documents
@@ -151,7 +152,7 @@ def _tfds(source: config.Source, fraction: float, cache: str) -> SourceText:
             "disk are found below TFDS_DATA_DIR"
         ) from error
     try:
-        data = tfds.data_source(source.path)
+        data: Any = tfds.data_source(source.path)
     except NotImplementedError as error:  # prepared as tfrecord, which has no random access
         raise ValueError(f"{place}: {error}; prepare it with file_format='array_record'") from error
     if "train" not in data:

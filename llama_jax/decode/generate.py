@@ -86,7 +86,7 @@ class Decoder:
         """For sequences of at most `length` tokens, prompt and continuation."""
         self.engine, self.tokenizer, self.end_tokens = engine, tokenizer, end_tokens
         self.length = length
-        self.rows = engine.rows(rows, length)
+        self.rows: Any = engine.rows(rows, length)  # BatchSlots, or Both of a Speculative
         self.held: list[Sequence[int]] = [()] * rows  # the sequence in each row's cache
         self._owner: list[weakref.ref] = []  # the parameters that computed the caches
 
@@ -141,15 +141,15 @@ class Decoder:
                     texts[row] = one = _Row(number, self._text(request))
                     begun.append((one, said))
                 # Wait for no token while there are prompts to dispatch.
-                while begun and (row + 1 == len(texts) or begun[0][1].tokens_BX.is_ready()):
+                while begun and (row + 1 == len(texts) or _is_ready(begun[0][1])):
                     one, said = begun.popleft()
-                    one.feed(*(np.asarray(x)[0] for x in said[:3]), listen)
+                    one.feed(*(np.asarray(x)[0] for x in said[:3]), listen=listen)
             if not stop and all(one is None or not one.text.end for one in texts):
                 self.rows, said = self.engine.advance(params, self.rows)
                 *parts, count_B = (np.asarray(x) for x in said)
                 for row, one in enumerate(texts):
                     if one is not None:
-                        one.feed(*(x_BX[row, : count_B[row]] for x_BX in parts), listen)
+                        one.feed(*(x_BX[row, : count_B[row]] for x_BX in parts), listen=listen)
             for row, one in enumerate(texts):
                 if one is None:
                     continue
@@ -223,6 +223,10 @@ class Decoder:
         return GeneratedText(
             self.tokenizer, request.tokens, self.end_tokens, stop, request.max_new_tokens
         )
+
+
+def _is_ready(said: Any) -> bool:
+    return said.tokens_BX.is_ready()  # jax.Array leaves it out of its annotations
 
 
 def key_of(request: Request) -> jax.Array:

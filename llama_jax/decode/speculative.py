@@ -5,16 +5,19 @@ its tokens.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from llama_jax import config
 from llama_jax.decode import engine as engines
 from llama_jax.decode import sample
 from llama_jax.decode.engine import BatchSlots, Engine, Said
 from llama_jax.model import cache, transformer
 from llama_jax.model.context import Cached
+from llama_jax.model.transformer import Transformer
 
 
 class Both(NamedTuple):
@@ -22,7 +25,7 @@ class Both(NamedTuple):
     draft: BatchSlots
 
     @property
-    def position_B(self):
+    def position_B(self) -> jax.Array:
         return self.target.position_B
 
 
@@ -49,7 +52,16 @@ class Speculative:
         length += self.proposals + 1  # what is proposed may go on after the end
         return Both(self.target.rows(number, length), self.draft.rows(number, length))
 
-    def begin(self, params, rows: Both, row: int, tokens, key, start: int = 0, cuts=()):
+    def begin(
+        self,
+        params: Any,
+        rows: Both,
+        row: int,
+        tokens: Sequence[int],
+        key: jax.Array,
+        start: int = 0,
+        cuts: Sequence[int] = (),
+    ) -> tuple[Both, Said]:
         of_target, of_draft = params
         target, said = self.target.begin(of_target, rows.target, row, tokens, key, start, cuts)
         draft, _ = self.draft.begin(of_draft, rows.draft, row, tokens, key, start, cuts)
@@ -64,7 +76,7 @@ class Speculative:
             self.target.copy(rows.target, source, to), self.draft.copy(rows.draft, source, to)
         )
 
-    def advance(self, params, rows: Both) -> tuple[Both, Said]:
+    def advance(self, params: Any, rows: Both) -> tuple[Both, Said]:
         """1 to `proposals` + 1 more tokens of every row. `rows` is given up."""
         networks = (self.target.module, self.draft.module)
         return advance(networks, params, self._sampling, rows, self.proposals)
@@ -73,7 +85,13 @@ class Speculative:
 @functools.partial(
     jax.jit, static_argnames=("networks", "sampling", "proposals"), donate_argnames=("rows",)
 )
-def advance(networks, params, sampling, rows: Both, proposals: int):
+def advance(
+    networks: tuple[Transformer, Transformer],
+    params: tuple[Any, Any],
+    sampling: config.Decode,
+    rows: Both,
+    proposals: int,
+) -> tuple[Both, Said]:
     (target, draft), (target_params, draft_params) = networks, params
     X = proposals
     draft_rows, proposed_BX, draft_BXV = _propose(draft, draft_params, sampling, rows.draft, X)
@@ -123,7 +141,9 @@ def _propose(draft, params, sampling, rows: BatchSlots, proposals: int):
     return rows, tokens_XB.T, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), given_XBV)
 
 
-def accept(proposed_BX, draft_BXV, target_BYV, keys_BY):
+def accept(
+    proposed_BX: jax.Array, draft_BXV: jax.Array, target_BYV: jax.Array, keys_BY: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """How many proposals stand, and the token after them (algorithm 1).
 
     A proposal stands with probability min(1, p / q); the token after is drawn from max(0, p - q) where the

@@ -23,7 +23,7 @@ def token_nll(module: Transformer, params: Any, tokens_BU: jax.Array) -> jax.Arr
     inputs_BT, targets_BT = tokens_BU[:, :-1], tokens_BU[:, 1:]
     B, T = inputs_BT.shape
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    hidden = transformer.portable(module).apply({"params": params}, inputs_BT, positions_BT)
+    hidden: Any = transformer.portable(module).apply({"params": params}, inputs_BT, positions_BT)
     chunks = logprobs.chunks_within(hidden, LOGITS_BYTES)
     nll_BT = -logprobs.token_logprobs(hidden, targets_BT, module.layout, chunks=chunks)
     return jax.lax.with_sharding_constraint(nll_BT, module.layout.replicated)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax import config
@@ -26,7 +27,7 @@ class SelfBlock(nn.Module):
     layout: Layout
 
     @nn.compact
-    def __call__(self, x_BTD, context: Context):
+    def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         def norm(name, x_BTD):
             return NORMS[self.config.norm](self.config, self.layout, name=name)(x_BTD)
 
@@ -42,25 +43,29 @@ class SelfBlock(nn.Module):
         return PLACEMENTS[self.config.placement].layer(x_BTD, attention, ffn, norm)
 
 
-def pre(x, attention, ffn, norm):
+Part = Callable[[jax.Array], jax.Array]
+Norm = Callable[[str, jax.Array], jax.Array]  # by name
+
+
+def pre(x: jax.Array, attention: Part, ffn: Part, norm: Norm) -> jax.Array:
     """LLaMA's (arXiv:2302.13971 section 2.2)."""
     x = x + attention(norm("attention_norm", x))
     return x + ffn(norm("ffn_norm", x))
 
 
-def post(x, attention, ffn, norm):
+def post(x: jax.Array, attention: Part, ffn: Part, norm: Norm) -> jax.Array:
     """The first transformer's (arXiv:1706.03762 section 3.1)."""
     x = norm("attention_norm", x + attention(x))
     return norm("ffn_norm", x + ffn(x))
 
 
-def sandwich(x, attention, ffn, norm):
+def sandwich(x: jax.Array, attention: Part, ffn: Part, norm: Norm) -> jax.Array:
     """Before and after (CogView, arXiv:2105.13290 section 2.4)."""
     x = x + norm("attention_out_norm", attention(norm("attention_norm", x)))
     return x + norm("ffn_out_norm", ffn(norm("ffn_norm", x)))
 
 
-def parallel(x, attention, ffn, norm):
+def parallel(x: jax.Array, attention: Part, ffn: Part, norm: Norm) -> jax.Array:
     """Both from one norm, at once (arXiv:2204.02311 section 2)."""
     normed = norm("attention_norm", x)
     return x + attention(normed) + ffn(normed)

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax import config
-from llama_jax.model.init import param
+from llama_jax.model.init import dense_param
 from llama_jax.model.linear import linear
 from llama_jax.sharding import Layout
 
 
 @jax.custom_vjp
-def gated(gate, up):
+def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
     """silu(gate) * up. The backward pass takes the sigmoid again instead of storing what it made."""
     return jax.nn.silu(gate) * up
 
@@ -42,7 +42,7 @@ class Gated(nn.Module):
     activate: Callable
 
     @nn.compact
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
         gate_BTF, up_BTF = _widen(self, x_BTD, "gate", "up")
         return _narrow(self, self.activate(gate_BTF, up_BTF))
 
@@ -55,7 +55,7 @@ class Plain(nn.Module):
     activate: Callable
 
     @nn.compact
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
         return _narrow(self, self.activate(*_widen(self, x_BTD, "up")))
 
 
@@ -63,7 +63,7 @@ def _widen(module, x_BTD, *names):
     def product(name):
         x_BTF = linear(module, name, "BTD,DF->BTF", x_BTD, "inner")
         if module.config.bias == "all":
-            x_BTF += param(module, f"{name}_bias", "F", nn.initializers.zeros)
+            x_BTF += dense_param(module, f"{name}_bias", "F", nn.initializers.zeros)
         return x_BTF
 
     wide = [product(name) for name in names]
@@ -74,7 +74,7 @@ def _widen(module, x_BTD, *names):
 def _narrow(module, hidden_BTF):
     out_BTD = linear(module, "down", "BTF,FD->BTD", hidden_BTF, "residual")
     if module.config.bias == "all":
-        out_BTD += param(module, "down_bias", "D", nn.initializers.zeros)
+        out_BTD += dense_param(module, "down_bias", "D", nn.initializers.zeros)
     return out_BTD
 
 

@@ -1,5 +1,6 @@
 """Which keys a query sees."""
 
+import jax
 import jax.numpy as jnp
 
 from llama_jax.model.context import OneSegment, Segments
@@ -8,7 +9,9 @@ from llama_jax.model.context import OneSegment, Segments
 HIDDEN = -1e30
 
 
-def causal(start: int, stop: int, segments: OneSegment | Segments, low: int = 0, window: int = 0):
+def causal(
+    start: int, stop: int, segments: OneSegment | Segments, low: int = 0, window: int = 0
+) -> jax.Array:
     """Queries start..stop against keys low..stop: not after the query, of its own segment, and in its window.
 
     A window of w: the query's own key and the w - 1 before it (arXiv:2004.05150 section 3.1); 0: no

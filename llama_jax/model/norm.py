@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax import config
-from llama_jax.model.init import param
+from llama_jax.model.init import dense_param
 from llama_jax.sharding import Layout
 
 
@@ -63,8 +63,8 @@ class RMSNorm(nn.Module):
     letter: str = "D"  # of the dimension that is normalised
 
     @nn.compact
-    def __call__(self, x):
-        scale = param(self, "scale", self.letter, nn.initializers.ones)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = dense_param(self, "scale", self.letter, nn.initializers.ones)
         return rms_norm(x, scale, self.config.norm_eps)
 
 
@@ -74,9 +74,9 @@ class LayerNorm(nn.Module):
     letter: str = "D"
 
     @nn.compact
-    def __call__(self, x):
-        scale = param(self, "scale", self.letter, nn.initializers.ones)
-        bias = param(self, "bias", self.letter, nn.initializers.zeros)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = dense_param(self, "scale", self.letter, nn.initializers.ones)
+        bias = dense_param(self, "bias", self.letter, nn.initializers.zeros)
         return layer_norm(x, scale, bias, self.config.norm_eps)
 
 
@@ -88,7 +88,7 @@ class PlainNorm(nn.Module):
     letter: str = "D"
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         one, zero = (jnp.full((), value, x.dtype) for value in (1, 0))
         return layer_norm(x, one, zero, self.config.norm_eps)
 

@@ -6,9 +6,11 @@ What quant/ makes of a parameter. It stands in the parameter tree in the place o
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 # XLA:CPU multiplies whole numbers by a library of its own from two rows on, with one row 20 times as slowly
 # (LOG.md). Other backends fill rows up to 8 by themselves.
@@ -36,7 +38,7 @@ class Quantised:
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
-    def dense(self, dtype) -> jax.Array:
+    def dense(self, dtype: DTypeLike) -> jax.Array:
         """The matrix."""
         counts = self.scale.shape
         blocks = self.values.reshape(split(self.shape, counts)).astype(dtype)
@@ -54,7 +56,7 @@ def spread(letters: str, shape: tuple[int, ...]) -> str:
     return "".join(x if size > 1 else "H" for x, size in zip(letters, shape, strict=True))
 
 
-def check_blocks(layout, letters: str, blocks: tuple[int, ...], name: str) -> None:
+def check_blocks(layout: Any, letters: str, blocks: tuple[int, ...], name: str) -> None:
     """ValueError if a matrix is cut into a number of blocks that the mesh does not divide."""
     try:
         layout.check(blocks, spread(letters, blocks), name)
@@ -66,7 +68,7 @@ def check_blocks(layout, letters: str, blocks: tuple[int, ...], name: str) -> No
         ) from None
 
 
-def product(letters: str, x: jax.Array, w: Quantised, dtype=None) -> jax.Array:
+def product(letters: str, x: jax.Array, w: Quantised, dtype: DTypeLike | None = None) -> jax.Array:
     """`einsum(letters, x, w)` in the dtype of x, or another. w begins with the contracted letters.
 
     Of blocks that are whole channels the result is scaled, not the matrix. With `activations` "int16" x is

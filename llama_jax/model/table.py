@@ -8,12 +8,19 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from llama_jax.model.quantised import Quantised
 from llama_jax.sharding import Layout
 
 
-def look_up(table: jax.Array | Quantised, index_BT: jax.Array, layout: Layout, letters: str, dtype):
+def look_up(
+    table: jax.Array | Quantised,
+    index_BT: jax.Array,
+    layout: Layout,
+    letters: str,
+    dtype: DTypeLike,
+) -> jax.Array:
     """`table[index_BT]`, [B, T, D], in `dtype`. Letters of the table: "VD" or "RD".
 
     An array has that dtype already. The scales of a quantised table are one for each row.
@@ -25,7 +32,7 @@ def look_up(table: jax.Array | Quantised, index_BT: jax.Array, layout: Layout, l
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _look_up(table, index_BT, layout, letters, rows):
+def _look_up(table, index_BT, layout, letters, rows) -> jax.Array:
     return table[index_BT]
 
 

@@ -6,7 +6,7 @@ The scan makes compile time and program size independent of depth. A group is on
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -70,7 +70,7 @@ class Hidden(NamedTuple):
 def logits(hidden: Hidden) -> jax.Array:
     """float32 [B, T, V]."""
     if isinstance(hidden.w_DV, Quantised):
-        return product("BTD,DV->BTV", *hidden, jnp.float32)
+        return product("BTD,DV->BTV", hidden.x_BTD, hidden.w_DV, jnp.float32)
     return jnp.einsum("BTD,DV->BTV", hidden.x_BTD, hidden.w_DV, preferred_element_type=jnp.float32)
 
 
@@ -88,7 +88,7 @@ class Group(nn.Module):
     layout: Layout
 
     @nn.compact
-    def __call__(self, x_BTD, context: Context):
+    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, None]:
         for i, kind in enumerate(self.config.pattern):
             block = BLOCKS[kind].module(self.config, self.layout, name=f"{kind}_{i}")
             x_BTD = block(x_BTD, context)
@@ -105,11 +105,15 @@ class Transformer(nn.Module):
     layout: Layout
     stacked: bool = True  # parameters of layers, along L; else as `unstack` gives them
 
+    if TYPE_CHECKING:  # Linen's annotations leave out that a module can be hashed
+
+        def __hash__(self) -> int: ...
+
     @nn.compact
     def __call__(
         self,
-        tokens_BT,
-        positions_BT,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
         keys: Keys = OneSegment(),
         memory: Memories = NoMemory(),
     ) -> Hidden:
@@ -143,7 +147,7 @@ class Transformer(nn.Module):
         w_DV = param(self, "output", "DV", initial(config, "output"))
         return Hidden(x_BTD, output_matrix(config, {"output": w_DV}))
 
-    def scanned(self, x_BTD, context: Context):
+    def scanned(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         config = self.config
         body = Group
         if config.remat != "none" or self.layout.mesh.size > 1:
@@ -152,7 +156,7 @@ class Transformer(nn.Module):
             body,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  (Linen's annotation lacks it)
             length=config.groups,
             unroll=config.unrolled,
             metadata_params={nn.PARTITION_NAME: "L"},

@@ -113,7 +113,7 @@ class HloModule(NamedTuple):
         condition = {op.name: op for op in self.computations[loop.called["condition"]]}
         test = next(op for op in condition.values() if op.kind == "compare")
         counter, bound = (condition[name] for name in test.operands)
-        index = int(re.search(r"index=(\d+)", counter.text).group(1))
+        index = int(re.findall(r"index=(\d+)", counter.text)[0])
         here = {op.name: op for op in self.computations[where]}
         start = self._constant(here, here[loop.operands[0]].operands[index])
         body = {op.name: op for op in self.computations[loop.called["body"]]}
@@ -159,13 +159,13 @@ def read(text: str) -> HloModule:
 
 def cycles(program: HloModule) -> dict[str, float]:
     """Estimated cycles of a step by sort of work: matmul, elementwise, copy."""
-    total = {"matmul": 0, "elementwise": 0, "copy": 0}
+    total: dict[str, float] = {"matmul": 0, "elementwise": 0, "copy": 0}
     for op, times in scheduled(program):
         total[sort(program, op)] += op.cycles * times
     return total
 
 
-def scheduled(program: HloModule):
+def scheduled(program: HloModule) -> Iterator[tuple[Op, int]]:
     """(op, how often it runs) of everything that a step schedules."""
     for name, times in program.times().items():
         for op in program.computations[name]:
@@ -335,4 +335,4 @@ def _parts(text: str) -> int:
 
 
 def _value(op: Op) -> int:
-    return int(re.search(r"constant\((-?\d+)\)", op.text).group(1))
+    return int(re.findall(r"constant\((-?\d+)\)", op.text)[0])

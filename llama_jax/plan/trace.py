@@ -46,7 +46,7 @@ def abstract(
     of = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.replicated)  # noqa: E731
     whole = of((number,), jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), number))
-    rows = engine.BatchSlots(kept, whole, whole, of(keys.shape, keys.dtype))
+    rows = engine.BatchSlots._make((kept, whole, whole, of(keys.shape, keys.dtype), None))
     letters = tree.paths(transformer.letters(stacked))
     params: dict[str, Any] = {}
     for name, leaf in tree.paths(transformer.abstract(stacked)).items():
@@ -61,7 +61,7 @@ def abstract(
 
 
 def _parameter(name, shape, letters: str, dtype: str, layout: Layout, bits: int) -> Any:
-    def part(shape, dtype):
+    def part(shape, dtype) -> Any:
         place = layout.param(spread(letters, shape))
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place)
 
@@ -70,4 +70,5 @@ def _parameter(name, shape, letters: str, dtype: str, layout: Layout, bits: int)
         return part(shape, dtype)
     blocks = rounding.grid(letters, shape, group).blocks
     check_blocks(layout, letters, blocks, name)
-    return Quantised(part(shape, f"int{bits}"), part(blocks, jnp.bfloat16))
+    values: Any = part(shape, f"int{bits}")
+    return Quantised(values, scale=part(blocks, jnp.bfloat16))

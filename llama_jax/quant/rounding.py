@@ -47,7 +47,9 @@ def nearest(w: jax.Array, cut: Grid, bits: int) -> Quantised:
     return Quantised(values.astype(f"int{bits}"), scale.reshape(cut.blocks).astype(jnp.bfloat16))
 
 
-def best_scale(blocks, importance, axes: tuple[int, ...], bits: int) -> jax.Array:
+def best_scale(
+    blocks: jax.Array, importance: jax.Array | float, axes: tuple[int, ...], bits: int
+) -> jax.Array:
     """float32 that bfloat16 holds: of 8 bits the largest value over 127.
 
     Of 4 bits that which gives the least sum of importance * error^2, among `SHRINK` of either sign: 16
@@ -77,7 +79,7 @@ def best_scale(blocks, importance, axes: tuple[int, ...], bits: int) -> jax.Arra
     return scale
 
 
-def whole(values, scale, bits: int) -> jax.Array:
+def whole(values: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
     """float32 whole numbers: the nearest to values / scale that there are."""
     steps = STEPS[bits]
     return jnp.clip(jnp.round(values / scale), -steps, min(steps, 2 ** (bits - 1) - 1))

@@ -14,7 +14,7 @@ from pathlib import Path
 from llama_jax import files
 from llama_jax.decode.generate import Decoder, Request
 from llama_jax.interrupt import Interrupt
-from llama_jax.run.loading import say
+from llama_jax.run.loading import LoadedModel, say
 from llama_jax.tokenizer import tools
 from llama_jax.tokenizer.chat import Message
 from llama_jax.tokenizer.forms import Form
@@ -26,7 +26,7 @@ HELP = """/reset         forget the conversation, keep the system message
 
 
 class Chat:
-    def __init__(self, loaded, form: Form, system: str):
+    def __init__(self, loaded: LoadedModel, form: Form, system: str):
         self.loaded, self.form, self.system = loaded, form, system
         self.messages: list[Message] = []
         decode = loaded.engine.decode

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax._src import distributed  # JAX gives the store no public name
@@ -119,5 +120,5 @@ def _wait(key: str, limit: float) -> str:
             raise Absent("the other hosts have not come this far")
 
 
-def _store():
+def _store() -> Any:
     return distributed.global_state.client

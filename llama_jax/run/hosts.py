@@ -75,9 +75,12 @@ def join(slice_name: str, peers: Peers | None = None, timeout: int = 0) -> bool:
     watchdog.start()
     # It would take SIGTERM from Interrupt, and forget one that comes between two steps.
     jax.config.update("jax_enable_preemption_service", False)
+    coordinator, processes, process = asked or (None, None, None)
     try:
         jax.distributed.initialize(
-            *(asked or ()),
+            coordinator,
+            processes,
+            process,
             # Where SLURM is found JAX would also take a process for that of one GPU, not of its host's.
             cluster_detection_method="deactivate" if asked else None,
             initialization_timeout=10 * seconds,
@@ -116,7 +119,8 @@ def of_slurm() -> Peers | None:
 
 def tpu_hosts() -> int:
     """The hosts of this TPU slice, where the environment lists them; else 1."""
-    if "tpu" not in (jax.config.jax_platforms or "tpu"):
+    settings: Any = jax.config  # has its flags as attributes, and not in its annotations
+    if "tpu" not in (settings.jax_platforms or "tpu"):
         return 1
     listed = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES", "")
     return len(listed.split(",")) * int(os.environ.get("MEGASCALE_NUM_SLICES") or 1)
@@ -176,7 +180,8 @@ def agree(here: bool) -> bool:
 
 def together(work: Callable[[], T]) -> T:
     """`work()` on every host; where it fails on one, all of them stop with the reason. All must call it."""
-    result = error = None
+    result: Any = None
+    error = None
     try:
         result = work()
     except (ValueError, OSError) as caught:
@@ -196,7 +201,7 @@ def outcome(error: Exception | None) -> Exception | None:
     try:
         reasons = exchange.gather(_reason(error), math.inf if error is None else OUTCOME_SECONDS)
     except exchange.Absent:
-        raise error from None
+        raise error or AssertionError("waits without end") from None
     return error or (RuntimeError(_first_of(reasons)) if any(reasons) else None)
 
 

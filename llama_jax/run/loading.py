@@ -70,7 +70,8 @@ def end_tokens(folder: Path, tokenizer: Tokenizer, named: Sequence[str]) -> froz
 
     Where a checkpoint names none, bos is one, too: llama2.c's stories begin the next text, and end none.
     """
-    turns = {tokenizer.special.get(f"<|{name}|>") for name in ("eot_id", "eom_id")} - {None}
+    marks = (f"<|{name}|>" for name in ("eot_id", "eom_id"))
+    turns = {tokenizer.special[name] for name in marks if name in tokenizer.special}
     own = carried.end_ids(folder) or {tokenizer.bos}
     asked = {config.choose(tokenizer.special, name, "decode.stop_tokens") for name in named}
     return frozenset({tokenizer.eos} | own | turns | asked)
@@ -116,6 +117,8 @@ def with_draft(target: LoadedModel, draft: LoadedModel, proposals: int) -> Loade
         raise ValueError(
             f"--draft={draft.folder} has another tokenizer than {target.folder}: its proposals mean nothing"
         )
+    assert isinstance(target.engine, Engine)
+    assert isinstance(draft.engine, Engine)
     engine = Speculative(target.engine, draft.engine, proposals)
     return target._replace(
         engine=engine,

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from llama_jax import files
 from llama_jax.convert import json_file
-from llama_jax.decode.generate import Decoder, Request
+from llama_jax.decode.generate import Completion, Decoder, Request
 from llama_jax.run import hosts, loading
+from llama_jax.run.loading import LoadedModel
 from llama_jax.tokenizer import messages
 from llama_jax.tokenizer.base import Tokenizer
 from llama_jax.tokenizer.forms import Form
@@ -29,7 +30,7 @@ from llama_jax.tokenizer.forms import Form
 OWN = ("text", "end", "tokens", "logprobs", "sample")  # what the output has of each
 
 
-def run(loaded, source: Path, target: Path, date: datetime.date | None = None) -> int:
+def run(loaded: LoadedModel, source: Path, target: Path, date: datetime.date | None = None) -> int:
     """date: the day that chat templates are told."""
     decode = loaded.engine.decode
     lines, requests, ends, partial = hosts.together(lambda: begin(loaded, source, target, date))
@@ -71,7 +72,7 @@ def run(loaded, source: Path, target: Path, date: datetime.date | None = None) -
 
 
 def begin(
-    loaded, source: Path, target: Path, date: datetime.date | None
+    loaded: LoadedModel, source: Path, target: Path, date: datetime.date | None
 ) -> tuple[list[dict], list[Request], frozenset[int], "Partial"]:
     """What is asked, what ends a text, and what of it is finished."""
     decode, lines = loaded.engine.decode, read(source)
@@ -144,7 +145,7 @@ def prompt_of(line: dict, tokenizer: Tokenizer, form: Form | None) -> list[int]:
     return loading.prompt_tokens(tokenizer, line["prompt"])
 
 
-def signature(loaded, requests: list[Request], ends: frozenset[int]) -> str:
+def signature(loaded: LoadedModel, requests: list[Request], ends: frozenset[int]) -> str:
     """What the texts depend on: not on how many are decoded at a time, nor on where the weights lie."""
     said = dataclasses.asdict(dataclasses.replace(loaded.engine.decode, rows=1))
     text = repr((said, loaded.identity, loaded.draft, sorted(ends), requests))
@@ -187,7 +188,7 @@ class Partial:
     def __exit__(self, *_):
         self._file.close()
 
-    def add(self, number: int, result) -> None:
+    def add(self, number: int, result: Completion) -> None:
         made = {
             "text": result.text, "end": result.end, "tokens": result.tokens,
             "logprobs": [round(value, 6) for value in result.logprobs[: len(result.tokens)]],

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax import __version__
+from llama_jax.data.prepare import Prepared
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def describe(prepared) -> dict[str, Any]:
+def describe(prepared: Prepared) -> dict[str, Any]:
     return {
         "code": f"llama_jax {__version__}, {code()}",
         "python": platform.python_version(),

@@ -186,8 +186,8 @@ def prepare_once(data: config.Data, vocab_size: int) -> prepare.Prepared:
     if jax.process_count() == 1:
         return work()
     reads = sees_the_firsts(Path(data.cache).expanduser()) and not hosts.first()
-    prepared = hosts.together((lambda: None) if reads else work)
-    prepared = hosts.together(work if reads else lambda: prepared)
+    own = hosts.together((lambda: None) if reads else work)
+    prepared = hosts.together(lambda: own or work())
     hosts.compare(
         lambda: {
             **{f"text of data.sources.{of.name}": of.store.meta.text for of in prepared.sources},
@@ -336,7 +336,13 @@ def describe(workdir: Path, run: config.Run, prepared: prepare.Prepared, begins:
             files.write(workdir / native.CARRIED / name, content)
 
 
-def start(run, program, checkpoints, prepared, order: str) -> tuple[Any, loop.Progress]:
+def start(
+    run: config.Run,
+    program: programs.Program,
+    checkpoints: checkpoint.Checkpoints,
+    prepared: prepare.Prepared,
+    order: str,
+) -> tuple[Any, loop.Progress]:
     """The newest checkpoint, or a fresh state, and what the sessions that led to it came to."""
     restored = checkpoints.latest(program.state)
     if restored is None:
@@ -388,7 +394,13 @@ def figures(run: config.Run, program: programs.Program) -> loop.FlopRates:
 
 
 def validation(
-    evaluate, run, prepared, layout, bytes_per_token, stopped, params
+    evaluate: Callable[[Any, Any], Any],
+    run: config.Run,
+    prepared: prepare.Prepared,
+    layout: sharding.Layout,
+    bytes_per_token: dict[str, float],
+    stopped: Callable[[], bool],
+    params: Any,
 ) -> dict[str, float]:
     """Loss on held-out rows, nats a token, bits a byte, and the objective's other means.
 

@@ -72,7 +72,7 @@ class TrainedModel(NamedTuple):
 @functools.partial(jax.jit, static_argnames="module")
 def _logits(module: Transformer, params: Any, tokens_BT: jax.Array) -> jax.Array:
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    hidden = transformer.portable(module).apply({"params": params}, tokens_BT, positions_BT)
+    hidden: Any = transformer.portable(module).apply({"params": params}, tokens_BT, positions_BT)
     return transformer.logits(hidden)
 
 

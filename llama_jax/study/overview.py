@@ -70,6 +70,7 @@ class Overview:
 
     def write(self, row: Row) -> None:
         """Of the run that is on; as metrics.Console has it."""
+        assert self._now
         self._rows[self._now] = self._rows.get(self._now, {}) | row
         self._show()
         if not self._live and time.monotonic() - self._said > EVERY:

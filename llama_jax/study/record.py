@@ -34,7 +34,7 @@ class Finished(NamedTuple):
     """A run that is done."""
 
     seed: int
-    card: dict[str, Any]
+    card: Any  # of runcard.py
     rows: list[metrics.Row]
     scores: dict[int, WindowScores]  # by the multiple of the trained length
 

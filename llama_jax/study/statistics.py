@@ -36,7 +36,7 @@ def estimate(values_SR: np.ndarray) -> Estimate:
     if not error:
         return Estimate(mean, mean, mean, float(mean == 0))
     freedom = degrees_of_freedom(values_SR, error)
-    reach = stats.t.ppf(0.975, freedom) * error
+    reach = float(stats.t.ppf(0.975, freedom)) * error
     p = 2 * stats.t.sf(abs(mean) / error, freedom)
     return Estimate(mean, mean - reach, mean + reach, float(p))
 

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from concurrent import futures
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class Extended:
     The others read as their names.
     """
 
-    def __init__(self, base, additions: Additions):
+    def __init__(self, base: Any, additions: Additions):
         """base: the Tokenizer of the model file."""
         added = [
             token

@@ -181,8 +181,9 @@ def _header(role: str, tokenizer: Tokenizer) -> list[int]:
 def _marks(tokenizer: Tokenizer) -> dict[str, int]:
     """Llama 3's marks by name without brackets."""
     names = ("start_header_id", "end_header_id", "eot_id", "eom_id", "python_tag")
-    marks = {name: tokenizer.special.get(f"<|{name}|>") for name in names}
-    if None in marks.values():
+    special = tokenizer.special
+    marks = {name: special[f"<|{name}|>"] for name in names if f"<|{name}|>" in special}
+    if len(marks) < len(names):
         raise ValueError(
             "this tokenizer has no <|start_header_id|>: the form of Llama 3 needs "
             "data.tokenizer.kind='bpe', Llama 2's takes any"

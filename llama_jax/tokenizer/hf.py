@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from llama_jax.tokenizer import bpe, hf_json
 from llama_jax.tokenizer.added import NONE, Additions
 from llama_jax.tokenizer.alphabet import BYTES, CHARS
-from llama_jax.tokenizer.sp import SPACE
+from llama_jax.tokenizer.sp import SPACE, messages
 from llama_jax.tokenizer.special import AddedToken
 
 # Hugging Face's published names of the 256 specials. Ids are Meta's; Meta calls id 128005 <|step_id|>
@@ -107,7 +107,7 @@ def sp_to_hf_json(content: bytes, additions: Additions = NONE) -> dict:
     merged from the left by SentencePiece and in the order of `merges` here, the longer left part
     first: 10,000 random strings hold no such text for LLaMA's pieces.
     """
-    from sentencepiece import sentencepiece_model_pb2 as proto
+    proto = messages()
 
     model = _parsed(content)
     _check_model(model, proto)
@@ -206,7 +206,8 @@ def _ends(kind: str, content: bytes) -> tuple[int, int]:
 
 def _parsed(content: bytes):
     from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    proto = messages()
 
     model = proto.ModelProto()
     try:

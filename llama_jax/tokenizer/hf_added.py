@@ -35,7 +35,9 @@ _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>")
 
 
-def read(files: Mapping[str, bytes], base, vocab_size: int) -> tuple[Additions, tuple[str, ...]]:
+def read(
+    files: Mapping[str, bytes], base: Any, vocab_size: int
+) -> tuple[Additions, tuple[str, ...]]:
     """The additions to the tokenizer `base`, and notes. Tokens beyond the network's vocabulary are left out.
 
     ValueError names a file that is not what Hugging Face writes.

@@ -9,7 +9,7 @@ trained without byte fallback, one of characters say, has its own pieces from 3 
 
 import struct
 
-from llama_jax.tokenizer.sp import SPACE
+from llama_jax.tokenizer.sp import SPACE, messages
 
 UNKNOWN, BEGIN, END, BYTES = 0, 1, 2, 3  # ids; bytes, where there are any, end at 258
 
@@ -21,7 +21,7 @@ def llama2c_to_sp(content: bytes) -> bytes:
     that space too, and also merges the pair with the best score first. What no piece spells is the unknown
     piece where there are no bytes; run.c then takes ids of other pieces.
     """
-    from sentencepiece import sentencepiece_model_pb2 as proto
+    proto = messages()
 
     pieces, first = _pieces(content)
     model = proto.ModelProto()
@@ -78,7 +78,7 @@ def _records(content: bytes) -> tuple[int, list[tuple[bytes, float]]]:
     (longest,) = struct.unpack_from("<i", content)
     at, records = 4, []
     while at < len(content):
-        end = at + 8
+        end, score, size = at + 8, 0.0, 0
         if end <= len(content):
             score, size = struct.unpack_from("<fi", content, at)
             end += size

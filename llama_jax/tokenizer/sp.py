@@ -11,6 +11,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ _BETWEEN = re.compile("[^ \u2581] [^ \u2581]")
 class SentencePiece:
     """A loaded model. A model without a padding piece (LLaMA's has none) pads with eos."""
 
-    def __init__(self, processor):
+    def __init__(self, processor: Any):
         self._processor = processor
         self.vocab_size = processor.get_piece_size()
         self.bos, self.eos = processor.bos_id(), processor.eos_id()
@@ -69,9 +70,8 @@ class SentencePiece:
     def _inner(self):
         """The model without its space before a text."""
         import sentencepiece
-        from sentencepiece import sentencepiece_model_pb2 as proto
 
-        model = proto.ModelProto()
+        model = messages().ModelProto()
         model.ParseFromString(self._processor.serialized_model_proto())
         model.normalizer_spec.add_dummy_prefix = False
         return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
@@ -265,9 +265,15 @@ def _no_model(path: str, content: bytes) -> str:
     )
 
 
-def _user_defined(processor) -> frozenset[int]:
-    from sentencepiece import sentencepiece_model_pb2 as proto
+def messages() -> Any:
+    """The classes of a model file, which protobuf makes when it is imported."""
+    from sentencepiece import sentencepiece_model_pb2
 
+    return sentencepiece_model_pb2
+
+
+def _user_defined(processor) -> frozenset[int]:
+    proto = messages()
     model = proto.ModelProto()
     model.ParseFromString(processor.serialized_model_proto())
     kind = proto.ModelProto.SentencePiece.USER_DEFINED

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Names:
         for found in self._pattern.finditer(text):
             if at < found.start():
                 yield Part(text[at : found.start()], -1, at)
-            yield Part(found[0], self._tokens[found.lastindex - 1].id, found.start())
+            yield Part(found[0], self._tokens[(found.lastindex or 0) - 1].id, found.start())
             at = found.end()
         if at < len(text):
             yield Part(text[at:], -1, at)
@@ -69,7 +69,7 @@ def _pattern(token: AddedToken) -> str:
     return (r"\s*" if token.lstrip else "") + name + (r"\s*" if token.rstrip else "")
 
 
-def encode(tokenizer, text: str) -> list[int]:
+def encode(tokenizer: Any, text: str) -> list[int]:
     """Ids of a text in which the tokenizer's special names stand for their tokens.
 
     What stands between two names is encoded as a text of its own: SentencePiece puts its space

@@ -95,7 +95,7 @@ class Template:
         found = self._marks.match(behind.lstrip())
         return frozenset({self._tokenizer.special[found[0]]} if found else ())
 
-    def _rendered(self, messages: list[dict], tools: list[dict], reply: bool) -> str:
+    def _rendered(self, messages: list[dict], tools: Sequence[dict], reply: bool) -> str:
         try:
             return self._template.render(
                 messages=messages, tools=tools or None, documents=None,

@@ -11,6 +11,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from llama_jax.tokenizer.chat import Call, Message
 
@@ -39,7 +40,7 @@ def message(calls: Sequence[Call], form: str) -> Message:
     return Message("assistant", chosen.write(calls), chosen.python, chosen.end)
 
 
-def result(value) -> Message:
+def result(value: Any) -> Message:
     """What a tool gave, as JSON, for the model to read."""
     return Message("ipython", json.dumps(value, ensure_ascii=False))
 
@@ -127,8 +128,8 @@ def _read_list(text: str) -> tuple[Call, ...]:
     tree = _expression(text) if text.startswith("[") else None
     if not isinstance(tree, ast.List):
         return ()
-    calls = [_call(node) for node in tree.elts]
-    return () if None in calls else tuple(calls)
+    calls = [call for node in tree.elts if (call := _call(node))]
+    return tuple(calls) if len(calls) == len(tree.elts) else ()
 
 
 def _read_builtin(text: str) -> tuple[Call, ...]:

@@ -48,7 +48,7 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one working directory."""
 
-    def __init__(self, workdir: str, options: config.Checkpoint):
+    def __init__(self, workdir: str | Path, options: config.Checkpoint):
         self.folder = Path(workdir).absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -119,7 +119,7 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
         return [path.name for path in left]
 
-    def latest(self, target: Any, report=print) -> Restored | None:
+    def latest(self, target: Any, report: Callable[[str], object] = print) -> Restored | None:
         """The newest readable checkpoint in the shapes and shardings of `target`; None if there is none.
 
         All hosts must call it and take the same one: what one of them cannot read, none takes. Newer
@@ -175,7 +175,9 @@ class Checkpoints:
         try:
             handler = ocp.StandardCheckpointHandler()
             args = ocp.args.StandardRestore(target)
-            state = handler.restore(self.folder / str(step) / "state", args=args)
+            # The annotation of Orbax wants a path of its own kind.
+            place: Any = self.folder / str(step) / "state"
+            state = handler.restore(place, args=args)
             restored = Restored(state, self.record(step))
             sums, wanted = _sums_of(restored.record)
         except Exception as error:  # Orbax and TensorStore raise a dozen kinds
@@ -183,6 +185,7 @@ class Checkpoints:
         outcome, reason = _worst(outcome, reason)
         if outcome != READ:
             return outcome, None, reason
+        assert restored
         found = sums(restored.state)
         if bad := [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]:
             outcome, reason = UNREADABLE, f"{bad[0]} does not match its checksum"
@@ -281,7 +284,7 @@ def _hashes(state: Any) -> Any:
 
 def _bits(leaf: jax.Array) -> jax.Array:
     """An array's bits as uint32, one for each entry."""
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     if leaf.dtype == jnp.bool:
         return leaf.astype(jnp.uint32)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from llama_jax import config
 from llama_jax.data import iterator
-from llama_jax.data.batch import Batch
 from llama_jax.model import logprobs, transformer
 from llama_jax.model.context import OneSegment, Segments
 from llama_jax.model.transformer import Hidden, Transformer, logits
@@ -32,12 +31,13 @@ def next_token(
     token that counts can see it.
     """
 
-    def sums(params: Any, frozen: Any, batch: Batch) -> Sums:
+    def sums(params: Any, frozen: Any, batch: Any) -> Sums:
         keys = Segments(batch.segments_BT) if segments == "document" else OneSegment()
         hidden = module.apply({"params": params}, batch.tokens_BT, batch.positions_BT, keys)
-        total, nll = cross_entropy(
+        found: Any = cross_entropy(
             hidden, batch.targets_BT, batch.weights_BT, module.layout, chunks, z_loss
         )
+        total, nll = found
         weight = jnp.sum(batch.weights_BT)
         return Sums(total, weight, {"loss": (nll, weight)})
 
@@ -54,8 +54,13 @@ def next_token(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def cross_entropy(
-    hidden: Hidden, targets_BT, weights_BT, layout: Layout, chunks: int = 1, z_loss: float = 0.0
-):
+    hidden: Hidden,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    layout: Layout,
+    chunks: int = 1,
+    z_loss: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
     """Sums over the tokens of weight x (nll + z_loss x log(Z)^2), and of weight x nll; float32.
 
     nll = log Z - logit of the target, Z the sum of exponentials over V. The second term is the z-loss
@@ -86,18 +91,21 @@ cross_entropy.defvjp(_forward, _backward)
 def _over_chunks(hidden, targets_BT, weights_BT, layout, chunks, z_loss, with_grad):
     """((total, nll), gradient as Hidden or None)."""
 
-    def chunk(w_grad_DV, inputs):
+    def chunk(w_grad_DV: Any, inputs):
         part = Hidden(inputs[0], hidden.w_DV)
-        sums, gradient = _chunk(part, *inputs[1:], layout, z_loss, with_grad)
+        _, targets_BT, weights_BT = inputs
+        sums, gradient = _chunk(part, targets_BT, weights_BT, layout, z_loss, with_grad)
         if not with_grad:
             return None, (sums, None)
         return w_grad_DV + gradient.w_DV, (sums, gradient.x_BTD)
 
     inputs = [logprobs.split(array, chunks) for array in (hidden.x_BTD, targets_BT, weights_BT)]
-    w_grad_DV = None
+    w_grad_DV: Any = None
     if with_grad:
         w_grad_DV = layout.rest(jnp.zeros(hidden.w_DV.shape, jnp.float32), "DV")
-    w_grad_DV, (sums, x_grad) = jax.lax.scan(chunk, w_grad_DV, inputs)
+    summed: Any
+    w_grad_DV, summed = jax.lax.scan(chunk, w_grad_DV, inputs)
+    sums, x_grad = summed
     sums = jax.tree.map(jnp.sum, sums)
     if not with_grad:
         return sums, None
@@ -105,7 +113,7 @@ def _over_chunks(hidden, targets_BT, weights_BT, layout, chunks, z_loss, with_gr
     return sums, Hidden(x_grad_BTD, w_grad_DV.astype(hidden.w_DV.dtype))
 
 
-def _chunk(hidden, targets_BT, weights_BT, layout, z_loss, with_grad):
+def _chunk(hidden, targets_BT, weights_BT, layout, z_loss, with_grad) -> Any:
     with jax.named_scope("cross_entropy"):
         logits_BTV = layout.act(logits(hidden), "BTV")
         is_target_BTV = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1])

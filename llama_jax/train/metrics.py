@@ -56,7 +56,7 @@ def tensorboard(folder: Path, after_step: int) -> Writer:
 def wandb(workdir: Path, settings: dict[str, Any]) -> Writer:
     """Weights and Biases, where installed; a resumed run goes on in the same page."""
     try:
-        import wandb as client
+        import wandb as client  # pyright: ignore[reportMissingImports]  (optional)
     except ImportError:
         raise ValueError(
             "log.wandb='on' but the package is absent; pip install wandb, or set log.wandb to 'off'"

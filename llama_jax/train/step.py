@@ -75,7 +75,7 @@ def make_step(
         learning_rate = rate(state.step - state.skips)
         tokens = objective.tokens(batch)
         metrics = (mean_loss, weight, tokens, grad_norm, learning_rate, bad, skips_in_a_row)
-        return new_state, Metrics(*(jnp.asarray(m, jnp.float32) for m in metrics), means)
+        return new_state, Metrics(*(jnp.asarray(m, jnp.float32) for m in metrics), aux=means)
 
     return step
 
