@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -102,7 +103,7 @@ def prepare(data: config.Data, vocab_size: int, report: Callable[[str], None] = 
     for text in texts:
         stores[text.name] = _rows(text, data, tokenizer, file, additions, cache, report)
     corpora = tuple(Corpus(s.name, s.weight, stores[s.name]) for s in data.sources)
-    identity = [[c.name, _identity(c.store.meta)] for c in corpora]
+    identity: list[Any] = [[c.name, _identity(c.store.meta)] for c in corpora]
     if additions != NONE:
         identity.append(in_folder.to_dict(additions))
     first = corpora[0].store

@@ -48,7 +48,7 @@ class Checkpoints:
         self.written = list(self.started)
 
 
-def play(monkeypatch, tmp_path, run_loop, checkpoints, first=0):
+def play(monkeypatch, tmp_path, run_loop, checkpoints, first=0, run=RUN):
     """session.train around `run_loop`, from the step `first`."""
     for module, name, value in (
         (session.checkpoint, "Checkpoints", lambda *_: checkpoints),
@@ -73,9 +73,9 @@ def play(monkeypatch, tmp_path, run_loop, checkpoints, first=0):
     )
     console = SimpleNamespace(close=lambda: None, write=lambda _: None)
     prepared = SimpleNamespace(tokenizer_config=config.TokenizerConfig("byte"), additions=NONE)
-    with Interrupt() as interrupt, session.holding(tmp_path, RUN) as lease:
+    with Interrupt() as interrupt, session.holding(tmp_path, run) as lease:
         return session.train(
-            RUN, tmp_path, lease, machine, prepared, interrupt, lambda first, steps: console
+            run, tmp_path, lease, machine, prepared, interrupt, lambda first, steps: console
         )
 
 
