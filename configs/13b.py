@@ -7,7 +7,7 @@ cosine to 10% (section 2.3).
 
 Compiled for slices, estimated (docs/scale.md): recomputation, memory a chip, MFU in series to products alone.
 
-    :v4_64     linear     25.1 GiB of 30.75   MFU 57 to 63%
+    :v4_64     linear     25.1 GiB of 30.75   MFU 48 to 65%
 """
 
 from configs import base, mixtures, sizes

@@ -7,7 +7,7 @@ cosine to 10% (section 2.3).
 
 Compiled for slices, estimated (docs/scale.md): recomputation, memory a chip, MFU in series to products alone.
 
-    :v4_512    linear     18.8 GiB of 30.75   MFU 53 to 72%
+    :v4_512    linear     18.8 GiB of 30.75   MFU 44 to 60%
 """
 
 from configs import base, mixtures, sizes

@@ -7,7 +7,7 @@ These are Llama 3 8B's: training it from scratch, not Meta's recipe. 370k H100 h
 
 Compiled for slices, estimated (docs/scale.md): recomputation, memory a chip, MFU in series to products alone.
 
-    :v4_8      linear     20.8 GiB of 30.75   MFU 42 to 66%
+    :v4_8      linear     20.8 GiB of 30.75   MFU 37 to 50%
     :v3_8      linear     13.5 GiB of 15.5   MFU 32 to 32%
 """
 

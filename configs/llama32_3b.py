@@ -7,7 +7,7 @@ These are Llama 3 8B's: training it from scratch, not Meta's recipe. 460k H100 h
 
 Compiled for slices, estimated (docs/scale.md): recomputation, memory a chip, MFU in series to products alone.
 
-    :v5e_64    attention  13.2 GiB of 15.75   MFU 50 to 77%
+    :v5e_64    attention  13.2 GiB of 15.75   MFU 44 to 59%
 """
 
 from configs import base, mixtures, sizes

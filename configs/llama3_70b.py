@@ -7,7 +7,7 @@ to 16M tokens, here it is 8M throughout. 6.4M H100 hours on its model card.
 
 Compiled for slices, estimated (docs/scale.md): recomputation, memory a chip, MFU in series to products alone.
 
-    :v5p_512   linear     74.4 GiB of 95   MFU 73 to 94%
+    :v5p_512   linear     74.4 GiB of 95   MFU 65 to 87%
 """
 
 from configs import base, mixtures, sizes

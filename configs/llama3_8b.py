@@ -7,7 +7,7 @@ to 16M tokens, here it is 8M throughout. 1.3M H100 hours on its model card.
 
 Compiled for slices, estimated (docs/scale.md): recomputation, memory a chip, MFU in series to products alone.
 
-    :v5p_32    linear     77.9 GiB of 95   MFU 60 to 90%
+    :v5p_32    linear     77.9 GiB of 95   MFU 55 to 73%
 """
 
 from configs import base, mixtures, sizes

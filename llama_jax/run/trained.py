@@ -91,6 +91,6 @@ def load(
     if compute_dtype != "stored":
         model = dataclasses.replace(model, compute_dtype=compute_dtype)
     module = transformer.build(model, sharding.make(mesh or config.Mesh(), jax.devices()))
-    params = native.load(place, module, model.compute_dtype)
+    params = native.load(place, module, model.compute_dtype, step=loading.newest(place))
     ends = loading.end_tokens(place, tokenizer, ())
     return TrainedModel(module, params, tokenizer, context, ends)

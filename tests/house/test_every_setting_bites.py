@@ -113,7 +113,7 @@ def start(run, world):
     )
     read = lambda run, program, trained: {"w": jnp.full(8, float(len(run.train.init_from)))}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(warm_start, "check", lambda run, prepared: None)
+        patch.setattr(warm_start, "check", lambda run, program, prepared: None)
         patch.setattr(warm_start, "weights", read)
         state, *_ = session.start(run, made, SimpleNamespace(latest=lambda state: None), None, "")
     return state.params["w"].tolist()
@@ -122,8 +122,10 @@ def start(run, world):
 def pinned(run, world):
     """The weights that a run begins with, told by their checksum."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(warm_start.native, "identity", lambda folder: "a")
-        return warm_start.pinned(run, world.folder).train.init_checksum
+        patch.setattr(warm_start, "_newest", lambda folder: 7)
+        patch.setattr(warm_start.native, "is_native", lambda folder: True)
+        patch.setattr(warm_start.native, "identity", lambda folder, step: f"step {step}")
+        return warm_start.pinned(run, lambda: None).train.init_checksum
 
 
 def store(run, world):
@@ -202,7 +204,8 @@ def writers(run, world):
 
 
 def figures(run, world):
-    return session.figures(run, transformer.build(run.model, world.layout))
+    module = transformer.build(run.model, world.layout)
+    return session.figures(run, SimpleNamespace(module=module, frozen={}))
 
 
 def card(run, world):
@@ -286,6 +289,7 @@ RUN = {
             },
         ),
         "train.init_from": (start, "there"),
+        "train.init_step": (pinned, 3, {"train.init_from": "there"}),
     },
 }
 OF_RUN = {place: row for rows in RUN.values() for place, row in rows.items()}
@@ -334,7 +338,8 @@ def loaded(decode, world):
     tokenizer = byte.Byte()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "settings", lambda folder: (MODEL, 99, tokenizer))
-        patch.setattr(loading, "decode_params", lambda folder, module: None)
+        patch.setattr(loading, "newest", lambda folder: 1)
+        patch.setattr(loading, "decode_params", lambda folder, module, step: None)
         patch.setattr(loading, "identity", lambda *_: "")
         found = loading.load(world.folder, decode, config.Mesh())
     return found.engine.module.config.compute_dtype, found.ends
