@@ -198,14 +198,17 @@ def open_folder(folder: Path, tokenizer: TokenizerFile | None) -> CheckpointSour
             f"{folder} holds weights of {said.bits} bits, which no other format here has; convert the "
             "folder that they were made from"
         )
-    step, units = newest(folder), names.units(model)
-    arrays = _arrays(folder, step, [unit.path for unit in units])
+    step = newest(folder)
+    # All groups of layers are in the same arrays; how many the settings say is not yet known to be true.
+    group = dataclasses.replace(model, layers=len(model.pattern), unroll=1)
+    arrays = _arrays(folder, step, [unit.path for unit in names.units(group)])
     depths = {array.shape[:1] for path, array in arrays.items() if path.startswith("groups/")}
     if depths != {(model.groups,)}:
         raise ValueError(
             f"{folder}: its arrays hold {[n for depth in depths for n in depth]} layer groups, but the "
             f"settings say {model.groups}"
         )
+    units = names.units(model)
     for unit in units:
         if unit.path not in arrays:
             raise ValueError(f"{folder} lacks the array {unit.path}")
