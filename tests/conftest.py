@@ -34,6 +34,10 @@ letters.install()  # before anything of llama_jax is imported
 
 from llama_jax import config, sharding  # noqa: E402
 
+# Programs of eight simulated devices that are under way at the same time can wait for each other's threads; XLA
+# ends the process after 40 s. Commands have the same setting (experiments/cli.py).
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
 # A suite started in the background of a shell inherits an ignored SIGINT, and so would the commands it
 # starts; with a handler in their parent they begin with the default.
 signal.signal(signal.SIGINT, signal.default_int_handler)
