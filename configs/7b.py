@@ -7,7 +7,7 @@ cosine to 10% (section 2.3).
 
 Compiled for slices, estimated (docs/scale.md): recomputation, memory a chip, MFU in series to products alone.
 
-    :v4_32     linear     18.4 GiB of 30.75   MFU 56 to 63%
+    :v4_32     linear     18.4 GiB of 30.75   MFU 47 to 63%
     :v3_32     linear      9.8 GiB of 15.5   MFU 57 to 65%
     :v5e_256x2 attention  13.8 GiB of 15.75   MFU 62 to 74%
 """

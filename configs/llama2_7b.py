@@ -7,7 +7,7 @@ steps, cosine to 10%.
 
 Compiled for slices, estimated (docs/scale.md): recomputation, memory a chip, MFU in series to products alone.
 
-    :v4_32     linear     18.4 GiB of 30.75   MFU 53 to 64%
+    :v4_32     linear     18.4 GiB of 30.75   MFU 45 to 61%
 """
 
 from configs import base, mixtures, sizes
