@@ -139,7 +139,7 @@ class _Names(pickle._Unpickler):
             raise ValueError(f"its pickle refers to a {type(pid).__name__} that is not a storage")
         return _Storage(dtype, key, count)
 
-    stack: list[Any]  # of the unpickler in Python, in none of its annotations
+    stack: list[Any]  # pickle._Unpickler has it, its annotations do not
     pop_mark: Callable[[], list[Any]]
 
     def load_build(self):

@@ -22,7 +22,7 @@ def choose(logits_BV: jax.Array, keys_B: jax.Array, decode: config.Decode) -> ja
     return drawn_B.astype(jnp.int32)
 
 
-# Of logits [..., V]: speculative decoding has several positions of each row.
+# The functions below take logits [..., V]: speculative decoding samples several positions of a sequence.
 def narrowed(logits: jax.Array, decode: config.Decode) -> jax.Array:
     """float32 logits of what is drawn from, at the temperature; -inf of what never is."""
     logits = logits.astype(jnp.float32) / decode.temperature

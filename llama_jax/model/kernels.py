@@ -90,7 +90,7 @@ def _by_distance(bias_NS, rows: slice, keys: slice):
     row: no gather, and no scatter in the gradient, both slow on a TPU.
     """
     N, T, S = bias_NS.shape[0], rows.stop - rows.start, keys.stop - keys.start
-    nearest_first = bias_NS[:, : rows.stop - keys.start]  # of the last query
+    nearest_first = bias_NS[:, : rows.stop - keys.start]  # biases of the last query
     # From the farthest key of the last query to keys after the first one.
     line_NX = jnp.pad(nearest_first[:, ::-1], ((0, 0), (0, T + S - nearest_first.shape[1])))
     line_NX = jnp.roll(line_NX, -(T - 1), axis=1)

@@ -343,7 +343,7 @@ def start(
     prepared: prepare.Prepared,
     order: str,
 ) -> tuple[Any, loop.Progress]:
-    """The newest checkpoint, or a fresh state, and what the sessions that led to it came to."""
+    """The state of the newest checkpoint, or a fresh one, and the totals up to it."""
     restored = checkpoints.latest(program.state)
     if restored is None:
         layout = program.module.layout

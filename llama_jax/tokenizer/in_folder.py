@@ -15,8 +15,8 @@ from llama_jax.tokenizer.added import NONE, Additions
 from llama_jax.tokenizer.special import AddedToken
 
 FILE, ADDITIONS = "tokenizer.model", "tokenizer_additions.json"
-MODEL, OF_MODEL = "model.json", "tokenizer_additions"  # its entry
-_OURS = (MODEL, "run.json", "meta.json")  # of a converted model, a run, rows
+MODEL, OF_MODEL = "model.json", "tokenizer_additions"  # the file and its entry with the additions
+_OURS = (MODEL, "run.json", "meta.json")  # one of them marks a converted model, a run, token rows
 
 
 def read(folder: str) -> tuple[config.TokenizerConfig, Additions]:

@@ -53,11 +53,11 @@ class Mean(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What earlier sessions of a run came to. A checkpoint's record keeps it."""
+    """Totals of a run up to a step, over all of its sessions. A checkpoint's record keeps them."""
 
-    seconds: float = 0.0  # of training: evaluation and saving left out
-    tokens: float = 0.0  # trained on
-    means: Mapping[str, Mean] = {}  # of the steps since the last row, by name
+    seconds: float = 0.0  # seconds of training, without evaluation and saving
+    tokens: float = 0.0  # tokens trained on
+    means: Mapping[str, Mean] = {}  # means over the steps since the last row, by name
 
 
 class Recorder:
@@ -86,7 +86,7 @@ class Recorder:
 
     @property
     def progress(self) -> Progress:
-        """Of this session and those before it."""
+        """The totals up to the last step that was fetched."""
         return Progress(self.seconds, self.tokens, self.means)
 
     def _begin_row(self) -> None:

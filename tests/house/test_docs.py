@@ -109,11 +109,13 @@ def test_a_documented_run_trains(words, tmp_path, cache):
     assert "written to" in done.stdout or "wrote" in done.stdout
 
 
-@pytest.mark.parametrize("words", of("ablations", "ablate"), ids=" ".join)
+# tests/house/test_tutorial.py runs the study of the tutorial, whose config the tutorial itself writes.
+STUDIES = [words for words in of("ablations", "ablate") if "kerple" not in " ".join(words)]
+
+
+@pytest.mark.parametrize("words", STUDIES, ids=" ".join)
 def test_a_documented_study_can_start(words):
     """Every run planned and checked; tests/experiments/test_ablate.py runs them, smaller."""
-    if "kerple" in " ".join(words):
-        pytest.skip("tests/house/test_tutorial.py does what the page says, this study included")
     done = helpers.run("ablate", *dict.fromkeys([*words[2:], "--list"]))
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) in (8, 12)

@@ -40,7 +40,7 @@ from tests.study import test_grid
 from tests.train import test_loop
 
 ROOT = Path(__file__).resolve().parents[2]
-PIECES = 283  # of the SentencePiece models that are trained here
+PIECES = 283  # vocabulary size of the SentencePiece models trained here
 MODEL = config.Model(
     vocab_size=259, dim=8, layers=1, heads=2, kv_heads=1, head_dim=4, ffn_dim=12,
     compute_dtype="float32",

@@ -124,7 +124,7 @@ def test_a_part_is_trained_and_the_folder_is_the_whole_network(base, part):
 
 
 def test_a_partial_run_keeps_the_step_of_a_base_that_trains_on(base, part, tmp_path):
-    """Newer checkpoints of the base change nothing; when its own is removed, that is said."""
+    """Newer checkpoints of the base change nothing; once the recorded one is removed, an error names it."""
     other = tmp_path / "growing"
     shutil.copytree(base / "old/base", other)
     shutil.copytree(part[0], base / "moved")
